@@ -1,0 +1,1 @@
+"""The part that runs once, before any rank: command line, launch, supervision."""

@@ -1,0 +1,46 @@
+"""`evaluation`: when the `eval` rows are looked at, what is measured, and what may stop the run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from tunesmith.recipe.base import NonNegative, NonNegativeFloat, Positive, Section
+
+
+class Generate(Section):
+    """Greedy or beam search on the evaluation prompts. `answer` is a regular expression whose first group is
+    the answer that exact match compares, or `gsm8k` for the number behind `####`."""
+
+    max_new_tokens: Positive = 128
+    num_beams: Positive = 1
+    limit: Positive | None = None
+    answer: str | None = None
+    show: NonNegative = 3
+
+
+class EarlyStopping(Section):
+    """Stop after `patience` evaluations without an improvement of more than `min_delta`."""
+
+    patience: Positive = 3
+    min_delta: NonNegativeFloat = 0.0
+
+
+class Evaluation(Section):
+    """`eval_steps: null` evaluates at the end of every epoch. `metrics: null` computes all that the objective
+    has. `metric_for_best` chooses `final: best`, early stopping and reduce-on-plateau."""
+
+    eval_steps: Positive | Literal["epoch"] | None = "epoch"
+    per_device_eval_batch_size: Positive = 32
+    metrics: list[str] | None = None
+    metric_for_best: str | None = None
+    greater_is_better: bool | None = None
+    early_stopping: EarlyStopping | None = None
+    generate: Generate | None = None
+
+    @model_validator(mode="after")
+    def _stopping_has_evaluations(self) -> Evaluation:
+        if self.early_stopping is not None and self.eval_steps is None:
+            raise ValueError("early_stopping needs evaluations: set eval_steps")
+        return self

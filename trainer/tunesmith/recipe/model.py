@@ -1,0 +1,39 @@
+"""`model`: which pretrained model is trained, and how it is built."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tunesmith.recipe.base import Fraction, Positive, Section
+
+
+class TrainTokenizer(Section):
+    """A byte-level BPE tokenizer trained on the run's own training text."""
+
+    type: Literal["train_bpe"] = "train_bpe"
+    vocab_size: Positive = 8192
+
+
+class Model(Section):
+    """`model_name_or_path` is a local folder or a hub id, or `builtin:minilm` (the quickstart extra).
+    With `init: from_config` the weights are random; `config` then gives (or overrides) the fields of the
+    model's `config.json`, `model_type` among them where there is no `model_name_or_path`."""
+
+    model_name_or_path: str | None = None
+    revision: str | None = None
+    init: Literal["pretrained", "from_config"] = "pretrained"
+    config: dict[str, Any] = Field(default_factory=dict[str, Any])
+    tokenizer: str | TrainTokenizer | None = None
+    chat_template: str | None = None
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    dropout: Fraction | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> Model:
+        if self.model_name_or_path is None and (self.init != "from_config" or "model_type" not in self.config):
+            raise ValueError("model_name_or_path is missing (or: init: from_config with config: {model_type: …})")
+        return self

@@ -1,0 +1,23 @@
+"""`tracking`: what is logged, and where."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tunesmith.recipe.base import Positive, Section
+
+
+class Wandb(Section):
+    """Weights & Biases. An outage never stops the run."""
+
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+
+
+class Tracking(Section):
+    logging_steps: Positive = 10
+    progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    wandb: Wandb = Wandb()

@@ -1,0 +1,32 @@
+"""`training`: how long, in what batches and in what precision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from tunesmith.recipe.base import Positive, PositiveFloat, Section
+
+
+class Training(Section):
+    """`global_batch_size` is in rows per optimizer step over all processes; `per_device_train_batch_size`
+    bounds one forward of one process; gradient accumulation follows from both and the world size."""
+
+    num_train_epochs: PositiveFloat | None = None
+    max_steps: Positive | None = None
+    global_batch_size: Positive = 32
+    per_device_train_batch_size: Positive = 8
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if self.num_train_epochs is not None and self.max_steps is not None:
+            raise ValueError("num_train_epochs and max_steps exclude each other: keep one")
+        return self
+
+    @property
+    def epochs(self) -> float | None:
+        """Epochs to train, 3 where the recipe says nothing; None where `max_steps` counts."""
+        return None if self.max_steps is not None else (self.num_train_epochs or 3.0)
