@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class Section(BaseModel):
     """A frozen part of a recipe. Unknown keys are errors; numbers are not read from strings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="null")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="null"
+    )
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -9,24 +9,38 @@ from pydantic import BeforeValidator, Field, model_validator
 from tunesmith.recipe.base import Fraction, Positive, PositiveFloat, Section
 
 Format = Literal[
-    "text", "prompt_answer", "alpaca", "messages", "sharegpt", "classification", "pairs", "tokens", "squad", "translation"
+    "text",
+    "prompt_answer",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "classification",
+    "pairs",
+    "tokens",
+    "squad",
+    "translation",
 ]
 
 
 class Source(Section):
     """A file, a folder of files, a hub id (`hub:owner/name`) or a builtin source (`builtin:stdlib_docstrings`).
     `columns` maps the format's own names to the names in the file. `weight` is how many times each row is
-    drawn per epoch: 2 draws every row twice, 0.5 a fresh half of them each epoch."""
+    drawn per epoch: 2 draws every row twice, 0.5 a fresh half of them each epoch. `constants` gives a column one
+    value for all rows of the source (`{label: pos}`). `delimiter`, `header` and `quoting` are CSV's and TSV's;
+    without a header the columns are called "0", "1", …; `split_by` says what a row of a plain-text file is (auto:
+    the file for format `text`, else the line)."""
 
     path: str
     format: Format
     columns: dict[str, str | list[str]] = Field(default_factory=dict[str, Any])
+    constants: dict[str, str | int | float] = Field(default_factory=dict[str, Any])
     weight: PositiveFloat = 1.0
     split: str | None = None
     encoding: str = "utf-8"
     delimiter: str | None = None
     header: bool = True
     quoting: bool = True
+    split_by: Literal["auto", "line", "paragraph", "file"] = "auto"
     limit: Positive | None = None
 
 

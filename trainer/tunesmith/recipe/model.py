@@ -27,13 +27,20 @@ class Model(Section):
     config: dict[str, Any] = Field(default_factory=dict[str, Any])
     tokenizer: str | TrainTokenizer | None = None
     chat_template: str | None = None
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    attn_implementation: Literal[
+        "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "sdpa"
     dropout: Fraction | None = None
+    quantization: None = None
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Model:
-        if self.model_name_or_path is None and (self.init != "from_config" or "model_type" not in self.config):
-            raise ValueError("model_name_or_path is missing (or: init: from_config with config: {model_type: …})")
+        if self.model_name_or_path is None and (
+            self.init != "from_config" or "model_type" not in self.config
+        ):
+            raise ValueError(
+                "model_name_or_path is missing (or: init: from_config with config: {model_type: …})"
+            )
         return self

@@ -81,6 +81,13 @@ class Seq2Seq(Section):
 
 
 Objective = Annotated[
-    CausalLM | SFT | MaskedLM | SpanCorruption | Classification | TokenClassification | QuestionAnswering | Seq2Seq,
+    CausalLM
+    | SFT
+    | MaskedLM
+    | SpanCorruption
+    | Classification
+    | TokenClassification
+    | QuestionAnswering
+    | Seq2Seq,
     Field(discriminator="type"),
 ]

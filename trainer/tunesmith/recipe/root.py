@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from tunesmith.recipe.optim import AdamW, Optim
 from tunesmith.recipe.parallel import Parallel
 from tunesmith.recipe.schedule import Linear, Schedule
 from tunesmith.recipe.tracking import Tracking
+from tunesmith.recipe.trainable import Trainable
 from tunesmith.recipe.training import Training
 
 _PACKABLE = {"causal_lm", "sft"}
@@ -29,10 +30,12 @@ class Recipe(Section):
     model: Model
     data: Data
     objective: Objective
+    trainable: Trainable = Field(default_factory=Trainable)
     optim: Optim = Field(default_factory=AdamW)
     schedule: Schedule = Field(default_factory=Linear)
     training: Training = Field(default_factory=Training)
     parallel: Parallel = Field(default_factory=Parallel)
+    kernels: Literal["auto", "reference"] = "auto"
     evaluation: Evaluation = Field(default_factory=Evaluation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
@@ -52,7 +55,10 @@ class Recipe(Section):
         # a tagged union has no default tag of its own: `optim: {learning_rate: 3e-4}` means AdamW
         if isinstance(value, dict):
             value = dict(value)
-            for section, tag, default in (("optim", "name", "adamw"), ("schedule", "lr_scheduler_type", "linear")):
+            for section, tag, default in (
+                ("optim", "name", "adamw"),
+                ("schedule", "lr_scheduler_type", "linear"),
+            ):
                 if isinstance(value.get(section), dict):
                     value[section] = {tag: default, **value[section]}
         return value
@@ -60,13 +66,19 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         if self.data.packing and self.objective.type not in _PACKABLE:
-            raise ValueError(f"data.packing: packs causal_lm and sft only, the objective is {self.objective.type}")
+            raise ValueError(
+                f"data.packing: packs causal_lm and sft only, the objective is {self.objective.type}"
+            )
         if self.evaluation.generate is not None and self.objective.type not in _GENERATING:
             raise ValueError(f"evaluation.generate: {self.objective.type} does not generate text")
         has_eval = bool(self.data.eval) or (self.data.split is not None and self.data.split.eval > 0)
         if not has_eval:
             if self.evaluation.early_stopping is not None:
-                raise ValueError("evaluation.early_stopping: needs evaluation rows: set data.eval or data.split.eval")
+                raise ValueError(
+                    "evaluation.early_stopping: needs evaluation rows: set data.eval or data.split.eval"
+                )
             if self.schedule.lr_scheduler_type == "reduce_on_plateau":
-                raise ValueError("schedule.lr_scheduler_type: reduce_on_plateau needs evaluation rows: set data.eval or data.split.eval")
+                raise ValueError(
+                    "schedule.lr_scheduler_type: reduce_on_plateau needs evaluation rows: set data.eval or data.split.eval"
+                )
         return self

@@ -103,6 +103,16 @@ class ReduceOnPlateau(_Schedule):
 
 
 Schedule = Annotated[
-    Constant | Linear | Cosine | CosineWithRestarts | Polynomial | Exponential | Step | Cyclic | OneCycle | WSD | ReduceOnPlateau,
+    Constant
+    | Linear
+    | Cosine
+    | CosineWithRestarts
+    | Polynomial
+    | Exponential
+    | Step
+    | Cyclic
+    | OneCycle
+    | WSD
+    | ReduceOnPlateau,
     Field(discriminator="lr_scheduler_type"),
 ]
