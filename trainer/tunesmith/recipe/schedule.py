@@ -1,4 +1,5 @@
-"""`schedule`: the learning rate over the steps, told apart by `lr_scheduler_type`; each with warm-up."""
+"""`schedule`: the learning rate over the steps, told apart by `lr_scheduler_type`; all but one_cycle with
+warm-up."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from tunesmith.recipe.base import Fraction, NonNegative, NonNegativeFloat, Posit
 
 
 class _Schedule(Section):
-    """Warm-up is linear from 0: `warmup_steps`, or `warmup_ratio` of all steps (rounded up)."""
+    """Warm-up is linear, in `warmup_steps`, or `warmup_ratio` of all steps (rounded up): the n-th of w steps
+    has n / (w + 1) of the schedule's first value, so that no step is spent on a learning rate of 0."""
 
     warmup_steps: NonNegative | None = None
     warmup_ratio: Fraction | None = None
@@ -27,7 +29,7 @@ class Constant(_Schedule):
 
 
 class Linear(_Schedule):
-    """Down to `min_lr_ratio` × the learning rate at the last step."""
+    """Down to `min_lr_ratio` × the learning rate, which the step after the last would have."""
 
     lr_scheduler_type: Literal["linear"] = "linear"
     min_lr_ratio: Fraction = 0.0
@@ -73,9 +75,9 @@ class Cyclic(_Schedule):
     min_lr_ratio: Fraction = 0.1
 
 
-class OneCycle(_Schedule):
+class OneCycle(Section):
     """Cosine up from 1/`div_factor` to 1 over `pct_start` of the steps, then down to 1/(`div_factor` ×
-    `final_div_factor`) (Smith & Topin 2018)."""
+    `final_div_factor`) (Smith & Topin 2018). The rise is its warm-up: it takes no other."""
 
     lr_scheduler_type: Literal["one_cycle"]
     pct_start: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
@@ -93,7 +95,8 @@ class WSD(_Schedule):
 
 
 class ReduceOnPlateau(_Schedule):
-    """× `factor` after `patience` evaluations without an improvement of the run's `metric_for_best`."""
+    """× `factor` when more than `patience` evaluations in a row bring no improvement of the run's
+    `metric_for_best` by more than `threshold` × its best value."""
 
     lr_scheduler_type: Literal["reduce_on_plateau"]
     factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5

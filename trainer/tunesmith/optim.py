@@ -1,0 +1,209 @@
+"""The optimizer: which parameters decay, the recipe's settings made into torch's or bitsandbytes' optimizer,
+and one step that scales the gradient and can be suppressed on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tunesmith.errors import MissingExtra, UserError
+from tunesmith.recipe.optim import (
+    SGD,
+    Adafactor,
+    Adagrad,
+    Adam,
+    AdamW,
+    AdamW8bit,
+    Lion8bit,
+    Optim,
+    RMSprop,
+)
+
+_FUSED_DEVICES = {"cpu", "cuda"}
+
+
+class _FusedOptimizer(Optimizer):
+    """The two attributes that torch's fused optimizers read in `step`: GradScaler's side of a protocol that
+    torch does not type. They divide the gradient by `grad_scale`, and where `found_inf` is exactly 1 the
+    kernels return before they write and the step counters are taken back."""
+
+    grad_scale: Tensor
+    found_inf: Tensor
+
+
+def parameter_groups(module: nn.Module, settings: Optim) -> list[dict[str, Any]]:
+    """The trainable parameters of `module` in at most two groups for `build`, tagged "decay" and "no_decay".
+
+    Biases, the parameters of normalisation modules (whose class name contains "Norm") and all other
+    parameters of fewer than two dimensions do not decay; embeddings do. A tied parameter is listed once,
+    under its first name. A group has the keys `params`, `names` (as in `named_parameters`), `tag`, `lr`,
+    `lr_scale` (see `set_learning_rates`) and `weight_decay`; a group without parameters is left out.
+
+    To be called before an engine shards or flattens the parameters: it goes by their shapes.
+    Raises UserError if no parameter is trainable.
+    """
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": []}
+    for name, parameter, decays in _trainable(module):
+        assert parameter.numel() > 0, f"{name}: the placeholder of a sharded parameter has no shape to go by"
+        members["decay" if decays else "no_decay"].append((name, parameter))
+    if not any(members.values()):
+        raise UserError("trainable: no parameter is left to train: freeze fewer, or unfreeze some")
+    return [
+        {
+            "params": [parameter for _, parameter in named],
+            "names": [name for name, _ in named],
+            "tag": tag,
+            "lr": settings.learning_rate,
+            "lr_scale": 1.0,
+            "weight_decay": settings.weight_decay if tag == "decay" else 0.0,
+        }
+        for tag, named in members.items()
+        if named
+    ]
+
+
+def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Name, parameter and whether it decays, in the order of `named_parameters`."""
+    seen: set[nn.Parameter] = set()
+    for prefix, owner in module.named_modules():
+        is_norm = "norm" in type(owner).__name__.lower()
+        for leaf, parameter in owner.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            decays = parameter.dim() > 1 and not is_norm and not leaf.endswith("bias")
+            yield (f"{prefix}.{leaf}" if prefix else leaf), parameter, decays
+
+
+def build(settings: Optim, groups: list[dict[str, Any]]) -> Optimizer:
+    """The recipe's optimizer over the groups of `parameter_groups`, which are left as they are.
+
+    torch's AdamW, Adam, SGD and Adagrad are fused where all parameters are floating-point ones on the CPU or
+    on CUDA. Raises UserError for a setting that the optimizer refuses, MissingExtra where bitsandbytes is not
+    installed.
+    """
+    try:
+        return _construct(settings, [dict(group) for group in groups])
+    except ValueError as error:
+        raise UserError(f"optim: {settings.name}: {error}") from error
+
+
+def _construct(settings: Optim, groups: list[dict[str, Any]]) -> Optimizer:
+    lr, weight_decay = settings.learning_rate, settings.weight_decay
+    fused = _can_fuse(groups)
+    match settings:
+        case AdamW(betas=betas, eps=eps):
+            return torch.optim.AdamW(
+                groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused
+            )
+        case Adam(betas=betas, eps=eps):
+            return torch.optim.Adam(
+                groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused
+            )
+        case SGD(momentum=momentum, nesterov=nesterov):
+            return torch.optim.SGD(
+                groups, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, fused=fused
+            )
+        case RMSprop(alpha=alpha, eps=eps, momentum=momentum):
+            return torch.optim.RMSprop(
+                groups, lr=lr, weight_decay=weight_decay, alpha=alpha, eps=eps, momentum=momentum
+            )
+        case Adagrad(eps=eps, initial_accumulator_value=initial):
+            return torch.optim.Adagrad(
+                groups,
+                lr=lr,
+                weight_decay=weight_decay,
+                eps=eps,
+                initial_accumulator_value=initial,
+                fused=fused,
+            )
+        case Adafactor(beta2_decay=beta2_decay, eps=eps, clip_threshold=d):
+            return torch.optim.Adafactor(
+                groups, lr=lr, weight_decay=weight_decay, beta2_decay=beta2_decay, eps=eps, d=d
+            )
+        case AdamW8bit() | Lion8bit():
+            return _construct_8bit(settings, groups)
+
+
+def _construct_8bit(settings: AdamW8bit | Lion8bit, groups: list[dict[str, Any]]) -> Optimizer:
+    try:
+        import bitsandbytes.optim.adamw
+        import bitsandbytes.optim.lion
+    except ImportError as error:
+        raise MissingExtra("bitsandbytes", "bitsandbytes", f"optim.name: {settings.name}") from error
+    lr, weight_decay = settings.learning_rate, settings.weight_decay
+    match settings:
+        case AdamW8bit(betas=betas, eps=eps):
+            return bitsandbytes.optim.adamw.AdamW8bit(
+                groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps
+            )
+        case Lion8bit(betas=betas):
+            # its annotation says int, from a default of 0; its check and its kernels take a float
+            decay = cast(int, weight_decay)
+            return bitsandbytes.optim.lion.Lion8bit(groups, lr=lr, weight_decay=decay, betas=betas)
+
+
+def _can_fuse(groups: list[dict[str, Any]]) -> bool:
+    parameters: list[Tensor] = [parameter for group in groups for parameter in group["params"]]
+    return all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
+
+
+def set_learning_rates(optimizer: Optimizer, lr: float) -> None:
+    """Gives every group `lr` × its `lr_scale`; to be done before every step, since loading a state may bring
+    others."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+@torch.no_grad()
+def step(optimizer: Optimizer, coefficient: Tensor, skip: Tensor) -> None:
+    """One update with the gradients × `coefficient`; none at all where `skip` is not 0.
+
+    coefficient: 0-dim, fp32, on the gradients' device: clipping × un-scaling, above 0 unless `skip` is set.
+    skip: 0-dim, any dtype, same device. A suppressed step leaves the parameters bitwise as they were,
+        whatever the gradients are, and the state as if it had never happened (state that did not exist may
+        exist as zeros).
+
+    The fused optimizers do it without waiting for the device; the others (RMSprop, Adafactor, 8-bit) read
+    both numbers on the host, once. The gradients are not preserved.
+    """
+    if optimizer.param_groups[0].get("fused"):
+        _fused_step(cast(_FusedOptimizer, optimizer), coefficient, skip)
+        return
+    suppressed, factor = torch.stack([(skip != 0).double(), coefficient.double()]).tolist()
+    if suppressed:
+        return
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if factor != 1.0:
+        torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    optimizer.step()
+
+
+def _fused_step(optimizer: _FusedOptimizer, coefficient: Tensor, skip: Tensor) -> None:
+    if isinstance(optimizer, torch.optim.SGD):
+        _fill_momentum(optimizer)
+    optimizer.grad_scale = coefficient.float().reciprocal()
+    optimizer.found_inf = (skip != 0).float()
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+
+
+def _fill_momentum(optimizer: torch.optim.SGD) -> None:
+    """Momentum buffers of zeros, where there is none yet. torch's fused SGD (2.13) begins with uninitialised
+    memory, which a suppressed first step leaves in place, and fails on a parameter whose first gradient comes
+    later than the others'. From zeros the first update is the same: momentum × 0 + gradient."""
+    for group in optimizer.param_groups:
+        if group["momentum"] == 0:
+            continue
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
