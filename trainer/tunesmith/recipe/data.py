@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tunesmith.recipe.base import Fraction, Positive, PositiveFloat, Section
+from tunesmith.recipe.base import Fraction, NonNegative, Positive, PositiveFloat, Section
 
 Format = Literal[
     "text",
@@ -23,12 +23,13 @@ Format = Literal[
 
 
 class Source(Section):
-    """A file, a folder of files, a hub id (`hub:owner/name`) or a builtin source (`builtin:stdlib_docstrings`).
-    `columns` maps the format's own names to the names in the file. `weight` is how many times each row is
-    drawn per epoch: 2 draws every row twice, 0.5 a fresh half of them each epoch. `constants` gives a column one
-    value for all rows of the source (`{label: pos}`). `delimiter`, `header` and `quoting` are CSV's and TSV's;
-    without a header the columns are called "0", "1", …; `split_by` says what a row of a plain-text file is (auto:
-    the file for format `text`, else the line)."""
+    """`path` is a file, a folder of files, a hub id (`hub:owner/name`) or a builtin source
+    (`builtin:stdlib_docstrings`). `columns` maps the format's own names to the names in the file.
+    `weight` is how many times each row is drawn per epoch: 2 draws every row twice, 0.5 a fresh half of
+    them each epoch. `constants` gives a column one value for all rows of the source (`{label: pos}`).
+    `delimiter`, `header` and `quoting` are CSV's and TSV's; without a header the columns are called "0",
+    "1", …; `split_by` says what a row of a plain-text file is (auto: the file for format `text`, else the
+    line)."""
 
     path: str
     format: Format
@@ -52,7 +53,7 @@ class Split(Section):
     test: Fraction = 0.0
     stratify: str | None = None
     group: str | None = None
-    seed: int = 0
+    seed: NonNegative = 0
 
     @model_validator(mode="after")
     def _leaves_training_rows(self) -> Split:
@@ -67,7 +68,7 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, dict | Source) else value
 
 
-Sources = Annotated[list[Source], BeforeValidator(_as_list)]
+Sources = Annotated[list[Source], BeforeValidator(_as_list, json_schema_input_type=Source | list[Source])]
 
 
 class Data(Section):

@@ -28,8 +28,9 @@ class EarlyStopping(Section):
 
 
 class Evaluation(Section):
-    """`eval_steps: null` evaluates at the end of every epoch. `metrics: null` computes all that the objective
-    has. `metric_for_best` chooses `final: best`, early stopping and reduce-on-plateau."""
+    """`eval_steps: epoch` evaluates at the end of every epoch, a number every so many optimizer steps;
+    the last step is always evaluated, with `eval_steps: null` it alone. `metrics: null` computes all that
+    the objective has. `metric_for_best` chooses `final: best`, early stopping and reduce-on-plateau."""
 
     eval_steps: Positive | Literal["epoch"] | None = "epoch"
     per_device_eval_batch_size: Positive = 32

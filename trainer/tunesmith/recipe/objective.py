@@ -10,7 +10,8 @@ from tunesmith.recipe.base import Fraction, Positive, PositiveFloat, Section
 
 
 class CausalLM(Section):
-    """Next-token prediction on plain text. A document longer than `max_length` is cut into pieces, none lost."""
+    """Next-token prediction on plain text. A document longer than `max_length` is cut into pieces, none is
+    lost."""
 
     type: Literal["causal_lm"]
     label_smoothing_factor: Fraction = 0.0

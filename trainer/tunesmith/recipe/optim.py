@@ -10,9 +10,13 @@ from pydantic import Field
 from tunesmith.recipe.base import Fraction, NonNegativeFloat, PositiveFloat, Section
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+# YAML has lists only, which strict pydantic does not take for a tuple
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
 
 class _Optimizer(Section):
+    """`max_grad_norm` clips the norm of the whole gradient; null clips nothing."""
+
     learning_rate: NonNegativeFloat = 5e-5
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat | None = 1.0
@@ -22,7 +26,7 @@ class AdamW(_Optimizer):
     """Loshchilov & Hutter 2019."""
 
     name: Literal["adamw"] = "adamw"
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
 
 
@@ -30,7 +34,7 @@ class Adam(_Optimizer):
     """Kingma & Ba 2015; `weight_decay` is L2, added to the gradient."""
 
     name: Literal["adam"]
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
 
 
@@ -58,7 +62,7 @@ class Adafactor(_Optimizer):
 
     name: Literal["adafactor"]
     beta2_decay: float = -0.8
-    eps: tuple[PositiveFloat | None, PositiveFloat] = (None, 1e-3)
+    eps: Annotated[tuple[PositiveFloat | None, PositiveFloat], Field(strict=False)] = (None, 1e-3)
     clip_threshold: PositiveFloat = 1.0
 
 
@@ -66,7 +70,7 @@ class AdamW8bit(_Optimizer):
     """bitsandbytes' block-wise 8-bit AdamW (Dettmers et al. 2022)."""
 
     name: Literal["adamw_8bit"]
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
 
 
@@ -74,7 +78,7 @@ class Lion8bit(_Optimizer):
     """bitsandbytes' 8-bit Lion (Chen et al. 2023)."""
 
     name: Literal["lion_8bit"]
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    betas: Betas = (0.9, 0.99)
 
 
 Optim = Annotated[

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from tunesmith.recipe import rules
 from tunesmith.recipe.base import Section
 from tunesmith.recipe.checkpoint import Checkpoint
 from tunesmith.recipe.data import Data
@@ -20,8 +21,14 @@ from tunesmith.recipe.tracking import Tracking
 from tunesmith.recipe.trainable import Trainable
 from tunesmith.recipe.training import Training
 
-_PACKABLE = {"causal_lm", "sft"}
-_GENERATING = {"causal_lm", "sft", "seq2seq"}
+
+def with_default_tags(values: dict[str, Any]) -> dict[str, Any]:
+    """A tagged union has no default tag of its own: `optim: {learning_rate: 3e-4}` means AdamW."""
+    values = dict(values)
+    for section, tag, default in (("optim", "name", "adamw"), ("schedule", "lr_scheduler_type", "linear")):
+        if isinstance(values.get(section), dict):
+            values[section] = {tag: default, **values[section]}
+    return values
 
 
 class Recipe(Section):
@@ -52,33 +59,10 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_tags(cls, value: Any) -> Any:
-        # a tagged union has no default tag of its own: `optim: {learning_rate: 3e-4}` means AdamW
-        if isinstance(value, dict):
-            value = dict(value)
-            for section, tag, default in (
-                ("optim", "name", "adamw"),
-                ("schedule", "lr_scheduler_type", "linear"),
-            ):
-                if isinstance(value.get(section), dict):
-                    value[section] = {tag: default, **value[section]}
-        return value
+        return with_default_tags(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        if self.data.packing and self.objective.type not in _PACKABLE:
-            raise ValueError(
-                f"data.packing: packs causal_lm and sft only, the objective is {self.objective.type}"
-            )
-        if self.evaluation.generate is not None and self.objective.type not in _GENERATING:
-            raise ValueError(f"evaluation.generate: {self.objective.type} does not generate text")
-        has_eval = bool(self.data.eval) or (self.data.split is not None and self.data.split.eval > 0)
-        if not has_eval:
-            if self.evaluation.early_stopping is not None:
-                raise ValueError(
-                    "evaluation.early_stopping: needs evaluation rows: set data.eval or data.split.eval"
-                )
-            if self.schedule.lr_scheduler_type == "reduce_on_plateau":
-                raise ValueError(
-                    "schedule.lr_scheduler_type: reduce_on_plateau needs evaluation rows: set data.eval or data.split.eval"
-                )
+        if problems := rules.check(self, Recipe.model_fields):
+            raise ValueError("\n".join(f"{problem.key}: {problem.message}" for problem in problems))
         return self

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from tunesmith.recipe.base import Positive, Section
 
 
@@ -14,10 +16,12 @@ class Wandb(Section):
     project: str | None = None
     entity: str | None = None
     group: str | None = None
-    tags: list[str] = []
+    tags: list[str] = Field(default_factory=list[str])
 
 
 class Tracking(Section):
+    """`logging_steps` is in optimizer steps. `progress`: `auto` is a bar on a terminal, lines elsewhere."""
+
     logging_steps: Positive = 10
     progress: Literal["auto", "bar", "lines", "off"] = "auto"
-    wandb: Wandb = Wandb()
+    wandb: Wandb = Field(default_factory=Wandb)

@@ -1,5 +1,4 @@
-"""`trainable`: which parameters move. `freeze` and `unfreeze` are shell patterns on parameter names, applied in
-that order."""
+"""`trainable`: which parameters move."""
 
 from __future__ import annotations
 
@@ -11,8 +10,9 @@ from tunesmith.recipe.base import Section
 
 
 class Trainable(Section):
-    """Empty: every parameter is trained. Adapters, heads and layer-wise rates have their place here; this version
-    takes only their empty values."""
+    """Empty: every parameter is trained. `freeze` and `unfreeze` are shell patterns on parameter names,
+    applied in that order. Adapters, heads and layer-wise rates have their place here; this version takes
+    only their empty values."""
 
     freeze: list[str] = Field(default_factory=list[str])
     unfreeze: list[str] = Field(default_factory=list[str])

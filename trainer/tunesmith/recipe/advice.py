@@ -1,0 +1,183 @@
+"""From what the user wrote to what was meant: for a key that no section has, and a value that no setting
+takes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, cast
+
+from pydantic.fields import FieldInfo
+
+from tunesmith.recipe import names, values
+from tunesmith.recipe.faults import Path
+from tunesmith.recipe.names import plain
+from tunesmith.recipe.root import Recipe
+from tunesmith.recipe.shape import Spot, choices, inner_sections, settings, tags, takes_only_nothing
+
+
+@cache
+def _settings() -> dict[str, list[tuple[FieldInfo, str | None]]]:
+    return settings(Recipe)
+
+
+def generic(path: Path) -> str:
+    """The dotted name of a setting whatever the source it stands in: `data.eval.0.path` is
+    `data.train.path`."""
+    name = ".".join(str(part) for part in path if not isinstance(part, int))
+    for part in ("data.eval.", "data.test."):
+        if name.startswith(part):
+            return "data.train." + name.removeprefix(part)
+    return name
+
+
+def close(name: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like `name`, if any is."""
+    by_plain = {plain(candidate): candidate for candidate in known}
+    found = difflib.get_close_matches(plain(name), list(by_plain), 1, cutoff)
+    return by_plain[found[0]] if found else None
+
+
+def listing(words: Sequence[str], last: str = "or") -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+def show(value: object) -> str:
+    """A value as it looks in a recipe, in short."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case str():
+            return f"'{value}'" if len(value) <= 60 else f"'{value[:57]}…'"
+        case Mapping():
+            return "a mapping"
+        case list():
+            return f"a list of {len(cast(list[Any], value))}" if value else "an empty list"
+        case _:
+            return str(value)
+
+
+def _exists(ours: str) -> bool:
+    """Whether this version has the setting (`section.key`, or `section.key: value` with that value)."""
+    key, _, value = ours.partition(": ")
+    found = _settings().get(key)
+    if found is None or takes_only_nothing(found[0][0]):
+        return False
+    allowed = [word for info, _ in found for word in choices(info)]
+    word = value.partition(" ")[0]
+    return not (word.isidentifier() and allowed) or word in allowed
+
+
+def _refer(ours: str) -> str:
+    if _exists(ours):
+        return f"here it is {ours}"
+    return f"is not available in this version; its place will be {ours}"
+
+
+def _from_elsewhere(name: str) -> str | None:
+    if name in names.KEYS:
+        return _refer(names.KEYS[name])
+    return names.NOTES.get(name)
+
+
+def _whose(spot: Spot, leaf: str) -> str | None:
+    """The other sections of the tagged union that have the key: `sgd has no betas; adamw and adam have
+    it`."""
+    if spot.union is None:
+        return None
+    owners = [tag for tag, section in tags(spot.union).items() if leaf in section.model_fields]
+    own = next(tag for tag, section in tags(spot.union).items() if section is spot.section)
+    if not owners:
+        return None
+    return f"{own} has no {leaf}; {listing(owners, 'and')} {'has' if len(owners) == 1 else 'have'} it"
+
+
+def _places(leaf: str) -> list[str]:
+    """Where a key of ours belongs; `data.train` stands for all three lists of sources."""
+    return [
+        key
+        for key in _settings()
+        if key.rpartition(".")[2] == leaf and not key.startswith(("data.eval.", "data.test."))
+    ]
+
+
+def unknown_key(spot: Spot) -> str:
+    """What to say of a key that its section does not have."""
+    leaf, known = plain(spot.path[-1]), list(spot.section.model_fields)
+    section = generic((*spot.path[:-1], leaf)).rpartition(".")[0]
+    if advice := _from_elsewhere(f"{section}.{leaf}") or _whose(spot, leaf) or _from_elsewhere(leaf):
+        return advice.replace("data.train.", f"data.{spot.path[1]}.") if section == "data.train" else advice
+    places = _places(leaf)
+    if 0 < len(places) <= 3 and leaf not in known:
+        return f"does not belong here; it is {listing(places)}"
+    if guess := close(leaf, known):
+        return f"unknown key; did you mean {guess}?"
+    foreign = [name for name in (*names.KEYS, *names.NOTES) if "." not in name]
+    if guess := close(leaf, foreign, 0.85):
+        return f"unknown key; if {guess} is meant: {_from_elsewhere(guess)}"
+    everywhere = {key.rpartition(".")[2]: key for key in reversed(_settings())}
+    if guess := close(leaf, everywhere, 0.8):
+        return f"unknown key; did you mean {everywhere[guess]}?"
+    return f"unknown key; {section or 'a recipe'} takes {', '.join(known)}"
+
+
+def meant_word(path: Path, allowed: Sequence[str], value: object) -> str | None:
+    """The allowed word that `value` was probably meant to be."""
+    meant = values.VALUES.get(generic(path), {}).get(plain(value))
+    return meant if meant is not None and meant in allowed else close(value, allowed)
+
+
+def wrong_choice(path: Path, allowed: Sequence[str], value: object) -> str:
+    """What to say of a value that is not one of the words `allowed`."""
+    key, word = generic(path), plain(value)
+    if key == "data.train.format" and word in values.FILE_KINDS:
+        return (
+            f"{show(value)} is how the file is written, which its name tells; format says what a row holds: "
+            f"one of {', '.join(allowed)}"
+        )
+    meant = values.VALUES.get(key, {}).get(word, word)
+    if meant in allowed:
+        return f"here {show(value)} is {meant}"
+    if meant in values.ROADMAP.get(key, ()):
+        return f"{meant} is not available in this version; it has {', '.join(allowed)}"
+    guess = close(value, allowed)
+    return f"must be one of {', '.join(allowed)}, not {show(value)}" + (
+        f"; did you mean {guess}?" if guess else ""
+    )
+
+
+def hint(info: FieldInfo, path: Path, value: Any) -> str:
+    """What a value of the wrong type was probably meant to be; empty where nothing is known."""
+    if inner := inner_sections(info):
+        return _section_hint(path, value, list(inner[0].model_fields))
+    if isinstance(value, str) and {info.annotation} & {int, float} and _number(value) is not None:
+        return "; remove the quotes"
+    if isinstance(value, str) and info.annotation is bool and value.lower() in {"yes", "on", "no", "off"}:
+        return f"; did you mean {'true' if value.lower() in {'yes', 'on'} else 'false'}?"
+    if isinstance(value, float) and info.annotation is int and value.is_integer():
+        return f"; did you mean {int(value)}?"
+    if isinstance(value, int | float) and info.annotation is str:
+        return "; put it in quotes"
+    return ""
+
+
+def _section_hint(path: Path, value: Any, keys: list[str]) -> str:
+    if value is None:
+        return f"; give its keys ({', '.join(keys[:4])}, …) or leave it out"
+    key = generic(path)
+    if isinstance(value, str) and key in values.SHORT:
+        leaf = values.SHORT[key]
+        word = values.VALUES.get(f"{key}.{leaf}", {}).get(plain(value), value)
+        rest = ", format: …" if leaf == "path" else ""
+        return f"; write {{{leaf}: {word}{rest}}}"
+    return ""
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

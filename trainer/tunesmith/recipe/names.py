@@ -1,0 +1,199 @@
+"""What other tools call our settings and values. Names of axolotl, LLaMA-Factory, ms-swift, TRL, torchtune,
+Unsloth, PyTorch Lightning, DeepSpeed and transformers' TrainingArguments (those that its version 5 removed
+too). None of them is accepted: each is an error that names ours.
+
+A name with a dot is meant in that section only, one with a leading dot at the top level only, any other one
+wherever it stands."""
+
+from __future__ import annotations
+
+_LORA = "trainable.adapters: [{type: lora, r: 16, lora_alpha: 32, target_modules: all-linear}]"
+
+# ours, as the user would write it: what others call it
+_OURS = {
+    "model.model_name_or_path": """base_model base_model_name_or_path model_name model_id model_path
+        model_id_or_path pretrained_model pretrained_model_name_or_path pretrained_model_path backbone
+        model.name model.path model.id model.pretrained""",
+    "model.config": "model_config overrides_of_model_config model_kwargs config_overrides",
+    "model.config: {model_type: …}": "model_type architecture arch",
+    "model.revision": "model_revision revision_of_model base_model_revision",
+    "model.tokenizer": "tokenizer_name tokenizer_name_or_path tokenizer_path tokenizer_config",
+    "model.chat_template": "template chat_template_path chat_template_jinja",
+    "model.attn_implementation": """attn_impl flash_attn flash_attention use_flash_attention
+        use_flash_attn use_flash_attention_2 flash_attention_2 sdp_attention xformers_attention
+        eager_attention flex_attention attention_implementation _attn_implementation attention""",
+    "model.gradient_checkpointing": """activation_checkpointing enable_activation_checkpointing
+        use_gradient_checkpointing grad_checkpointing disable_gradient_checkpointing""",
+    "model.quantization": """load_in_4bit load_in_8bit quantization_bit quantization_config quant_bits
+        quant_method quantize bits double_quantization bnb_4bit_compute_dtype bnb_4bit_quant_type
+        bnb_4bit_use_double_quant bnb_config_kwargs""",
+    "model.dropout": """hidden_dropout hidden_dropout_prob attention_dropout attn_dropout attn_pdrop
+        attention_probs_dropout_prob classifier_dropout dropout_rate""",
+    "model.init: from_config": "train_from_scratch from_scratch random_init random_init_weights",
+    "data.train": """dataset datasets dataset_name dataset_path dataset_dir train_file train_files train_data
+        train_dataset train_datasets train_path data_path data_dir data_files .train data.training""",
+    "data.eval": """eval_dataset eval_datasets eval_file eval_data validation validation_file
+        validation_dataset valid_file valid_dataset val_file val_data val_dataset dev_file dev_dataset
+        test_datasets .eval data.valid data.val data.dev""",
+    "data.test": "test_file test_dataset test_data .test",
+    "data.split: {eval: 0.1}": """val_set_size val_size val_split val_ratio validation_split
+        validation_split_percentage split_dataset_ratio eval_split_ratio train_test_split test_size""",
+    "data.split.stratify": "stratify_by_column stratify_by",
+    "data.max_length": """sequence_len sequence_length cutoff_len max_seq_length max_seq_len
+        max_sequence_length max_len seq_length seq_len model_max_length block_size context_length
+        max_source_length max_input_length n_ctx""",
+    "data.packing": "sample_packing neat_packing packed pack_dataset use_packing eval_sample_packing",
+    "data.truncation": "truncation_strategy truncation_mode truncation_side excess_length_strategy",
+    "data.group_by_length": "train_sampling_strategy length_grouping length_grouped",
+    "data.shuffle": """shuffle_dataset dataset_shuffle train_dataloader_shuffle disable_shuffling
+        shuffle_merged_datasets""",
+    "data.cache_dir": "dataset_prepared_path tokenized_path dataset_cache_dir preprocessed_path",
+    "data.train.path": "data.train.file data.train.file_name data.train.dataset data.train.url",
+    "data.train.format": "data.train.type data.train.formatting prompt_strategy dataset_format dataset_type",
+    "data.train.columns: {…}": """column_mapping text_column text_field dataset_text_field label_column
+        label_field target_column prompt_column response_column summary_column field_messages
+        field_instruction field_output message_property_mappings remap_columns data.train.text
+        data.train.label data.train.messages""",
+    "data.train.split": "train_split dataset_split train_on_split",
+    "data.train.weight": "interleave_probs sampling_weight sampling_probability dataset_weight mix_ratio",
+    "data.train.limit": "max_samples max_train_samples num_samples data.train.sample",
+    "data.eval.limit": "max_eval_samples max_val_samples limit_val_batches",
+    "data.train.delimiter": "separator data.train.sep csv_separator",
+    "objective.type": """stage task task_type rlhf_type trainer_type training_type objective.name
+        objective.task .type .loss rl""",
+    "objective.problem": "problem_type",
+    "objective.labels": "num_labels num_classes id2label label2id label_names label_list class_names",
+    "objective.label_smoothing_factor": "label_smoothing label_smoothing_eps",
+    "objective.train_on_prompt": "train_on_inputs train_on_input mask_prompt train_on_prompts",
+    "objective.mlm_probability": "mlm_prob masking_probability mask_probability",
+    "objective.max_target_length": "max_output_length max_completion_length val_max_target_length",
+    "trainable.freeze": "freeze_layers freeze_modules freeze_parameters freeze_trainable_layers frozen",
+    "trainable.unfreeze": "unfrozen_parameters unfreeze_layers trainable_parameters trainable_layers",
+    "trainable.layer_lr_decay": "layer_decay layerwise_lr_decay lr_layer_decay llrd layer_wise_lr_decay",
+    _LORA: """adapter finetuning_type tuner_type train_type use_peft peft peft_config lora lora_config qlora r
+        lora_r lora_rank lora_alpha lora_dropout lora_bias lora_target lora_target_modules lora_target_linear
+        lora_attn_modules lora_modules_to_save modules_to_save target_modules additional_target use_rslora
+        use_dora peft_use_rslora peft_use_dora apply_lora_to_mlp apply_lora_to_output loraplus_lr_ratio
+        init_lora_weights pissa_init lora_model_dir adapter_name_or_path""",
+    "optim.name": "optimizer optimizer_name optimizer_type optim_type optim.type optim.optim",
+    "optim.learning_rate": "lr base_lr max_lr peak_lr initial_lr",
+    "optim.weight_decay": "wd weight_decay_rate l2",
+    "optim.betas: [0.9, 0.999]": "adam_beta1 adam_beta2 beta1 beta2 beta_1 beta_2 adam_betas",
+    "optim.eps": "adam_epsilon adam_eps epsilon",
+    "optim.max_grad_norm": """grad_clip gradient_clipping gradient_clip_val max_gradient_norm clip_grad_norm
+        grad_clip_norm max_norm clip_norm""",
+    "schedule.lr_scheduler_type": """lr_scheduler scheduler scheduler_type lr_schedule lr_scheduler_name
+        learning_rate_scheduler schedule.type schedule.name""",
+    "schedule.warmup_steps": "num_warmup_steps lr_warmup_steps warmup_num_steps n_warmup_steps warmup",
+    "schedule.warmup_ratio": "warmup_fraction warmup_proportion warmup_pct lr_warmup_ratio",
+    "schedule.min_lr_ratio": "min_lr min_learning_rate cosine_min_lr_ratio lr_end min_lr_rate",
+    "training.num_train_epochs": "num_epochs epochs n_epochs epoch max_epochs train_epochs num_train_epoch",
+    "training.max_steps": """max_train_steps num_train_steps num_steps total_steps train_steps train_iters
+        steps max_steps_per_epoch""",
+    "training.global_batch_size": """global_train_batch_size total_batch_size effective_batch_size
+        total_train_batch_size""",
+    "training.per_device_train_batch_size": """micro_batch_size micro_batch_size_per_gpu microbatch_size
+        train_micro_batch_size_per_gpu per_gpu_train_batch_size per_device_batch_size device_batch_size
+        device_train_microbatch_size local_batch_size""",
+    "training.precision": "dtype torch_dtype model_dtype mixed_precision compute_dtype amp half_precision",
+    "training.precision: bf16": "bf16 bfloat16 pure_bf16 bf16_full_eval",
+    "training.precision: fp16": "fp16 float16 half fp16_full_eval",
+    "training.seed": "random_seed data_seed manual_seed .seed",
+    "parallel.strategy": "distributed_type distributed_strategy distributed parallelism ddp",
+    "parallel.strategy: zero2 (or zero1, zero3)": "deepspeed deepspeed_config zero_stage zero_optimization",
+    "parallel.strategy: fsdp2": "fsdp fsdp_config fsdp_version fsdp_sharding_strategy",
+    "parallel.timeout": "ddp_timeout ddp_timeout_seconds nccl_timeout process_group_timeout",
+    "kernels: auto": """use_liger_kernel enable_liger_kernel use_liger liger_kernel liger_rope liger_rms_norm
+        liger_cross_entropy liger_fused_linear_cross_entropy use_unsloth use_triton use_kernels""",
+    "evaluation.eval_steps": """eval_strategy evaluation_strategy evals_per_epoch eval_freq eval_every
+        eval_interval eval_every_n_steps validation_steps val_check_interval run_val_every_n_steps""",
+    "evaluation.per_device_eval_batch_size": """eval_batch_size per_gpu_eval_batch_size val_batch_size
+        validation_batch_size""",
+    "evaluation.metrics": "metric eval_metrics eval_metric compute_metrics compute_accuracy",
+    "evaluation.metric_for_best": "metric_for_best_model best_metric monitor early_stopping_metric",
+    "evaluation.early_stopping: {patience: 3}": """early_stopping_patience early_stopping_steps
+        early_stopping_threshold early_stop""",
+    "evaluation.generate": "predict_with_generate generation_config",
+    "evaluation.generate.max_new_tokens": "generation_max_length eval_max_new_tokens",
+    "evaluation.generate.num_beams": "generation_num_beams beam_size eval_beams",
+    "checkpoint.save_steps": """save_strategy saves_per_epoch save_interval save_every save_freq
+        save_every_n_steps checkpointing_steps checkpoint_every checkpoint_interval""",
+    "checkpoint.save_total_limit": "keep_last_n max_checkpoints keep_checkpoint_max keep_last_n_checkpoints",
+    "checkpoint.final: best": "load_best_model_at_end save_best save_best_only save_only_best",
+    "tracking.logging_steps": """log_every_n_steps log_every log_freq log_interval logging_interval log_steps
+        logging_strategy""",
+    "tracking.progress: off": "disable_tqdm",
+    "tracking.wandb: {mode: online}": "report_to use_wandb log_with logger metric_logger",
+    "tracking.wandb.mode": "wandb_mode",
+    "tracking.wandb.project": "wandb_project project_name",
+    "tracking.wandb.entity": "wandb_entity",
+    "tracking.wandb.tags": "wandb_tags",
+    "output_dir": "output_path out_dir save_dir save_path checkpoint_dir ckpt_dir",
+    "run_name": "wandb_name wandb_run_name exp_name experiment_name experiment .name",
+}  # fmt: skip
+
+_DERIVED = (
+    "is derived from the batch sizes and the number of processes: set training.global_batch_size (rows per "
+    "optimizer step over all processes)"
+)
+_WHICH_BATCH = (
+    "is ambiguous: set training.global_batch_size (rows per optimizer step over all processes) or "
+    "training.per_device_train_batch_size (rows per forward of one process)"
+)
+_LAUNCH = (
+    "is an option of the launch, not of the recipe: tunesmith train RECIPE --num-processes N --num-machines M"
+)
+_ABSENT = "is not available in this version"
+_NEEDLESS = "has no counterpart here: leave it out"
+
+# sentences, for names that are not one setting of ours
+_NOTES = {
+    _DERIVED: """gradient_accumulation_steps gradient_accumulation grad_accum grad_accum_steps gas
+        grad_accumulation_steps accumulate_grad_batches gradient_acc_steps""",
+    _WHICH_BATCH: "batch_size train_batch_size",
+    _LAUNCH: """num_processes num_machines world_size nproc_per_node nnodes num_nodes num_gpus n_gpus
+        n_gpu gpus devices gpus_per_node""",
+    "is not a setting: a stopped run is continued from the command line": """resume resume_from_checkpoint
+        auto_resume_from_checkpoints resume_training""",
+    "is not a setting: weights are always saved as safetensors": "save_safetensors",
+    "is not a setting: what a run logs is in its folder, output_dir/run_name": "logging_dir log_dir",
+    "is not a setting: a run is known by output_dir and run_name": "overwrite_output_dir",
+    "is not a setting: sft trains on the assistant's turns only, objective.train_on_prompt on the others too":
+        "completion_only_loss assistant_only_loss roles_to_train train_on_eos",
+    "is not a setting: rows in data.train are trained on, rows in data.eval evaluated":
+        "do_train do_eval do_predict",
+    "is not a setting: a file's kind is read from its name": "ds_type file_type data.train.file_format",
+    "is no key of its own here: write its contents as keys of optim": """optim_args optimizer_kwargs
+        optimizer_params""",
+    "is no key of its own here: write its contents as keys of schedule": """lr_scheduler_kwargs
+        scheduler_kwargs""",
+    "is no key here: the sections (model, data, objective, …) stand at the top level": """training_args
+        training_arguments trainer trainer_args sft_config sft""",
+    _ABSENT: """neftune_noise_alpha noisy_embedding_alpha class_weights class_weight focal_loss focal_gamma
+        torch_compile compile streaming push_to_hub hub_model_id hub_strategy auto_find_batch_size tf32 fp8
+        tensor_parallel_size pipeline_parallel_size context_parallel_size sequence_parallel_size
+        sequence_parallel_degree tp_size cp_size ema model_ema teacher_model_name_or_path kd_ratio mixup
+        galore_rank use_galore use_badam lisa_n_layers curriculum_sampling""",
+    _NEEDLESS: """dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers
+        dataloader_pin_memory dataloader_prefetch_factor dataloader_drop_last num_workers plot_loss
+        include_tokens_per_second include_num_input_tokens_seen logging_first_step logging_nan_inf_filter
+        remove_unused_columns ddp_find_unused_parameters ddp_bucket_cap_mb save_only_model
+        pad_to_sequence_len pad_to_max_length auto_resume average_tokens_across_devices plugins
+        low_cpu_mem_usage use_cache special_tokens overwrite_cache""",
+}  # fmt: skip
+
+
+def plain(name: object) -> str:
+    """A name as it is looked up: in lower case, `-` and blanks as `_`."""
+    return str(name).strip().lower().replace("-", "_").replace(" ", "_")
+
+
+def by_name(table: dict[str, str]) -> dict[str, str]:
+    return {name: ours for ours, names in table.items() for name in names.split()}
+
+
+KEYS = by_name(_OURS)
+"""Another tool's key → ours, as `section.key` or `section.key: value`."""
+
+NOTES = by_name(_NOTES)
+"""Another tool's key → the sentence that says what to do instead."""

@@ -1,0 +1,173 @@
+"""The rules that span settings: what excludes or needs each other, and what would have no effect. A setting
+without effect is a fault only where the recipe gives it (`model_fields_set`), never where a default does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING
+
+from tunesmith.recipe.faults import Problem
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.root import Recipe
+
+_PACKABLE = {"causal_lm", "sft"}
+_GENERATING = {"causal_lm", "sft", "seq2seq"}
+_CHATS = {"prompt_answer", "alpaca", "messages", "sharegpt"}
+_FORMATS = {
+    "sft": _CHATS,
+    "classification": {"classification", "pairs"},
+    "token_classification": {"tokens"},
+    "question_answering": {"squad"},
+}
+_SET_EVAL = "set data.eval or data.split.eval"
+
+
+def _problem(key: str, message: str) -> Problem:
+    return Problem(tuple(int(part) if part.isdigit() else part for part in key.split(".")), message)
+
+
+def _has_eval(recipe: Recipe) -> bool:
+    data = recipe.data
+    return bool(data.eval) or (data.split is not None and data.split.eval > 0)
+
+
+def _has_test(recipe: Recipe) -> bool:
+    data = recipe.data
+    return bool(data.test) or (data.split is not None and data.split.test > 0)
+
+
+def _packing(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.data.packing and recipe.objective.type not in _PACKABLE:
+        yield _problem(
+            "data.packing", f"packs causal_lm and sft only; the objective is {recipe.objective.type}"
+        )
+
+
+def _group_by_length(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    if data.packing and data.group_by_length and "group_by_length" in data.model_fields_set:
+        yield _problem("data.group_by_length", "has no effect with packing: true")
+
+
+def _split(recipe: Recipe) -> Iterator[Problem]:
+    split = recipe.data.split
+    if split is not None and split.eval == 0 and split.test == 0:
+        yield _problem("data.split", "takes no rows: set its eval or test")
+
+
+def _formats(recipe: Recipe) -> Iterator[Problem]:
+    allowed = _FORMATS.get(recipe.objective.type)
+    for part in ("train", "eval", "test"):
+        for index, source in enumerate(getattr(recipe.data, part)):
+            if allowed is not None and source.format not in allowed:
+                yield _problem(
+                    f"data.{part}.{index}.format",
+                    f"objective {recipe.objective.type} does not read {source.format}; it reads "
+                    + ", ".join(sorted(allowed)),
+                )
+
+
+def _doc_stride(recipe: Recipe) -> Iterator[Problem]:
+    objective = recipe.objective
+    if objective.type == "question_answering" and objective.doc_stride >= recipe.data.max_length:
+        yield _problem(
+            "objective.doc_stride",
+            f"must be below data.max_length ({recipe.data.max_length}), or the windows never move on",
+        )
+
+
+def _masking(recipe: Recipe) -> Iterator[Problem]:
+    objective = recipe.objective
+    if objective.type == "masked_lm" and objective.mask_replace_prob + objective.random_replace_prob > 1:
+        yield _problem("objective.random_replace_prob", "with mask_replace_prob it must not exceed 1 in all")
+
+
+def _regression(recipe: Recipe) -> Iterator[Problem]:
+    objective = recipe.objective
+    if objective.type == "classification" and objective.problem == "regression":
+        if objective.label_smoothing_factor > 0:
+            yield _problem("objective.label_smoothing_factor", "has no effect with problem: regression")
+        if objective.labels is not None:
+            yield _problem("objective.labels", "has no effect with problem: regression")
+
+
+def _nesterov(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.optim.name == "sgd" and recipe.optim.nesterov and recipe.optim.momentum == 0:
+        yield _problem("optim.nesterov", "needs a momentum above 0")
+
+
+def _plateau(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.schedule.lr_scheduler_type == "reduce_on_plateau":
+        if not _has_eval(recipe):
+            yield _problem(
+                "schedule.lr_scheduler_type", f"reduce_on_plateau needs evaluation rows: {_SET_EVAL}"
+            )
+        elif recipe.evaluation.eval_steps is None:
+            yield _problem(
+                "schedule.lr_scheduler_type",
+                "reduce_on_plateau needs evaluations while it trains: set evaluation.eval_steps",
+            )
+
+
+def _generate(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.evaluation.generate is not None and recipe.objective.type not in _GENERATING:
+        yield _problem("evaluation.generate", f"objective {recipe.objective.type} generates no text")
+
+
+def _unevaluated(recipe: Recipe) -> Iterator[Problem]:
+    evaluation = recipe.evaluation
+    given = {name for name in evaluation.model_fields_set if getattr(evaluation, name) is not None}
+    if not _has_eval(recipe):
+        needs_eval = ["eval_steps", "metric_for_best", "greater_is_better", "early_stopping"]
+        for name in (name for name in needs_eval if name in given):
+            yield _problem(f"evaluation.{name}", f"has no effect without evaluation rows: {_SET_EVAL}")
+        if not _has_test(recipe):
+            needs_any = ["per_device_eval_batch_size", "metrics", "generate"]
+            for name in (name for name in needs_any if name in given):
+                yield _problem(
+                    f"evaluation.{name}", "has no effect without evaluation or test rows: set data.eval or "
+                    "data.test"
+                )  # fmt: skip
+    elif "greater_is_better" in given and evaluation.metric_for_best is None:
+        yield _problem("evaluation.greater_is_better", "has no effect without metric_for_best")
+
+
+def _final(recipe: Recipe) -> Iterator[Problem]:
+    checkpoint = recipe.checkpoint
+    if checkpoint.final == "best" and "final" in checkpoint.model_fields_set and not _has_eval(recipe):
+        yield _problem("checkpoint.final", f"best needs evaluation rows: {_SET_EVAL}, or write last")
+
+
+def _wandb(recipe: Recipe) -> Iterator[Problem]:
+    wandb = recipe.tracking.wandb
+    if wandb.mode == "disabled":
+        for name in ("project", "entity", "group", "tags"):
+            if getattr(wandb, name):
+                yield _problem(f"tracking.wandb.{name}", "has no effect with mode: disabled")
+
+
+Rule = Callable[["Recipe"], Iterator[Problem]]
+
+# each rule with the sections that it reads
+_RULES: tuple[tuple[set[str], Rule], ...] = (
+    ({"data", "objective"}, _packing),
+    ({"data"}, _group_by_length),
+    ({"data"}, _split),
+    ({"data", "objective"}, _formats),
+    ({"data", "objective"}, _doc_stride),
+    ({"objective"}, _masking),
+    ({"objective"}, _regression),
+    ({"optim"}, _nesterov),
+    ({"schedule", "data", "evaluation"}, _plateau),
+    ({"evaluation", "objective"}, _generate),
+    ({"evaluation", "data"}, _unevaluated),
+    ({"checkpoint", "data"}, _final),
+    ({"tracking"}, _wandb),
+)
+
+
+def check(recipe: Recipe, sections: Collection[str]) -> list[Problem]:
+    """The rules that `recipe` breaks. `recipe` needs to hold only the `sections` named: of a recipe with
+    faulty sections, the rules among the sound ones are checked all the same."""
+    return [problem for needs, rule in _RULES if needs <= set(sections) for problem in rule(recipe)]
