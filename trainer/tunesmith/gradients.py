@@ -1,8 +1,8 @@
 """The norm of the gradient and the factor that clips it: accurate enough that sharding cannot be seen in it.
 
-torch sums fp32 squares in a few long running sums. On the CPU that loses 1e-5 of the norm of a random gradient
-and 5e-3 of one with equal elements, and how much depends on how the tensors are cut. Here each sum is short
-and the short sums are added in fp64, so that local sums of any sharding add up to one norm.
+torch sums fp32 squares in a few long running sums. On the CPU that loses 1e-5 of the norm of a random
+gradient and 5e-3 of one with equal elements, and how much depends on how the tensors are cut. Here each sum
+is short and the short sums are added in fp64, so that local sums of any sharding add up to one norm.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 _foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 # Every row of this many elements has a sum of its own. Measured on the CPU against fp64: 2e-7 at worst (equal
-# elements, the sum's worst case; normal, heavy-tailed, bf16 and fp16 gradients are below 4e-8), at torch's
-# own speed. Rows of 16,384 lose 1e-5 on equal elements and 2e-6 on bf16.
+# elements, the sum's worst case; normal, heavy-tailed, bf16 and fp16 gradients are below 4e-8), in 3 to
+# 5 ms for 22.7 M fp32 elements, as torch's norm. Rows of 16,384 lose 1e-5 on equal elements and 2e-6 on bf16.
 _ROW = 512
 # bf16 and fp16 are copied to fp32 on the way: by blocks, so that no copy of a whole embedding is made
 _BLOCK = 1 << 20
@@ -65,7 +65,7 @@ def local_square_sum(grads: Iterable[Tensor | None]) -> Tensor:
         norms = [row for grad in present for row in _row_norms(grad)]
     else:
         norms = list(_tensor_norms(present))
-    return torch.cat([norm.double() for norm in norms]).square_().sum()
+    return torch.cat(norms).double().square_().sum()
 
 
 def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
