@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from tunesmith.recipe.base import Positive, PositiveFloat, Section
+from tunesmith.recipe.base import NonNegative, Positive, PositiveFloat, Section
 
 
 class Training(Section):
@@ -19,7 +19,7 @@ class Training(Section):
     global_batch_size: Positive = 32
     per_device_train_batch_size: Positive = 8
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    seed: int = 0
+    seed: NonNegative = 0
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:

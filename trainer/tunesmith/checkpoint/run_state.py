@@ -1,0 +1,124 @@
+"""A run's whole state to and from a checkpoint: weights, optimizer, position, schedule."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.checkpoint.state import Progress
+from tunesmith.checkpoint.publication import publish
+from tunesmith.checkpoint.store import Checkpoint, Pruned
+from tunesmith.checkpoint.tensors import load_state, save_state
+from tunesmith.engine import Engine
+from tunesmith.errors import UserError
+from tunesmith.loss_scale import LossScale
+from tunesmith.recipe import Recipe
+from tunesmith.schedules import Plateau
+
+WEIGHTS, OPTIMIZER, TRAINER = "weights", "optimizer", "trainer"
+
+# what may differ between the run that saved and the one that continues: none of it changes the mathematics
+_FREE = {"tracking", "checkpoint", "output_dir", "run_name", "parallel"}
+
+
+@dataclass(slots=True)
+class RunState:
+    """The objects that hold state, as they stand."""
+
+    engine: Engine
+    progress: Progress
+    scale: LossScale
+    plateau: Plateau | None
+    extra: dict[str, Any]  # of observers: the W&B run id
+
+    def save(
+        self, run_dir: Path, recipe: Recipe, *, keep: int | None, protect: Collection[Path]
+    ) -> tuple[Path, Pruned]:
+        """Publishes `checkpoint-{step}`. Replicated state is written by rank 0 alone."""
+
+        def write(folder: Path) -> list[Path]:
+            if self.engine.rank != 0:
+                return []
+            state = {
+                "progress": self.progress.state(),
+                "scale": self.scale.state(),
+                "plateau": None if self.plateau is None else self.plateau.state_dict(),
+                "extra": self.extra,
+                "recipe": recipe.model_dump(mode="json"),
+            }
+            weights = self.engine.train_module.model.state_dict()
+            return [
+                *save_state(folder / WEIGHTS, dict(weights)),
+                *save_state(folder / OPTIMIZER, self.engine.optimizer_state()),
+                *save_state(folder / TRAINER, state),
+            ]
+
+        return publish(
+            run_dir,
+            self.progress.step,
+            [write],
+            recipe_sha256=mathematics_hash(recipe),
+            meta={"epoch_rows": None},
+            group=self.engine,
+            keep=keep,
+            protect=protect,
+        )
+
+    def load(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        """Restores everything, on every rank. Raises UserError where the recipe trains something else now."""
+        refuse_other_recipe(checkpoint, recipe)
+        load_weights(self.engine, checkpoint.path)
+        self.engine.load_optimizer_state(load_state(checkpoint.path / OPTIMIZER, self.engine.device))
+        state = load_state(checkpoint.path / TRAINER)
+        for name, value in Progress.from_state(state["progress"]).state().items():
+            setattr(self.progress, name, value)
+        self.scale.load_state(state["scale"])
+        if self.plateau is not None and state["plateau"] is not None:
+            self.plateau.load_state_dict(state["plateau"])
+        self.extra.update(state["extra"])
+
+
+def load_weights(engine: Engine, path: Path) -> None:
+    """The weights of a checkpoint into the engine's model, in place."""
+    weights = load_state(path / WEIGHTS)
+    with torch.no_grad():
+        engine.train_module.model.load_state_dict(weights)
+
+
+def mathematics_hash(recipe: Recipe) -> str:
+    """Of all that shapes the weights: where it goes, how often it is saved and what is shown does not."""
+    text = recipe.model_dump_json(exclude=_FREE)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    if checkpoint.manifest.recipe_sha256 == mathematics_hash(recipe):
+        return
+    saved: dict[str, Any] = load_state(checkpoint.path / TRAINER)["recipe"]
+    now = recipe.model_dump(mode="json")
+    changed = [
+        line
+        for section in now
+        if section not in _FREE
+        for line in _differences(section, saved.get(section), now[section])
+    ]
+    raise UserError(
+        f"--resume: the recipe is not the one that {checkpoint.path.name} was saved with: "
+        + "; ".join(changed[:5])
+        + ". Restore it, or start a new run under another run_name"
+    )
+
+
+def _differences(key: str, before: Any, now: Any) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line
+            for name in sorted({*before, *now})
+            for line in _differences(f"{key}.{name}", before.get(name), now.get(name))
+        ]
+    return [] if before == now else [f"{key} was {before!r} and is {now!r}"]

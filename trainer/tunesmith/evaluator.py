@@ -1,0 +1,86 @@
+"""An evaluation: the loss over all rows, the objective's metrics on what all ranks predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.data.order import Salt, deal
+from tunesmith.data.prepare import Dataset
+from tunesmith.engine import Engine
+from tunesmith.module import Predicted
+from tunesmith.objectives import Objective
+from tunesmith.objectives.base import Scores
+
+EVALUATION_EPOCH = 2**31 - 1  # what a row is drawn with here: every evaluation sees the same masks
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """`loss` is Σ over the terms of weight × (sum / units), as in training. `metrics` has it too."""
+
+    loss: float
+    metrics: dict[str, float]
+    tables: dict[str, Any]
+
+
+def predict_rows(
+    engine: Engine, objective: Objective, dataset: Dataset, rows: Sequence[int], per_device: int, seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> tuple[Tensor, Tensor, list[Any]]:  # fmt: skip
+    """(sums [terms], units [terms], one prediction per row in the order of `rows`, on every rank). The rows are
+    dealt over the ranks; every rank runs equally many forwards."""
+    lengths = dataset.table.lengths()[np.asarray(rows, dtype=np.int64)]
+    ordered = [rows[i] for i in np.argsort(-lengths, kind="stable")]
+    sums = torch.zeros(len(objective.terms), dtype=torch.float64, device=engine.device)
+    units = torch.zeros_like(sums)
+    found: list[tuple[int, Any]] = []
+    window = engine.world_size * per_device
+    engine.module.eval()
+    with torch.inference_mode():
+        for start in range(0, len(ordered), window):
+            (cells,) = deal(ordered[start : start + window], engine.world_size, per_device)
+            cell = cells[engine.rank] or ordered[:1]
+            drawn = [
+                objective.draw(dataset.table.row(row), (seed, EVALUATION_EPOCH, row, Salt.ROW))
+                for row in cell
+            ]
+            batch = objective.collate(drawn, cell)
+            if not cells[engine.rank]:
+                batch = batch.as_filler()
+            result: Predicted = engine.forward(batch, "predict")
+            sums += result.sums
+            units += torch.tensor([term.units(batch) for term in objective.terms], device=engine.device)
+            found += [(r, p) for r, p in zip(batch.rows, result.predictions, strict=False) if r >= 0]
+            progress(len(ordered[start : start + window]))
+    engine.module.train()
+    by_row = {row: p for part in engine.gather(found) for row, p in part}
+    return engine.sum(sums), engine.sum(units), [by_row[row] for row in rows if row in by_row]
+
+
+def evaluate(
+    engine: Engine, objective: Objective, dataset: Dataset, per_device: int, seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Evaluation:  # fmt: skip
+    """Loss and metrics over a whole split; the same on every rank."""
+    rows = range(len(dataset))
+    sums, units, predictions = predict_rows(engine, objective, dataset, rows, per_device, seed, progress)
+    weights = torch.tensor(
+        [term.weight for term in objective.terms], dtype=torch.float64, device=engine.device
+    )
+    parts = sums / units.clamp(min=1)
+    loss = float((weights * parts).sum())
+    scores: Scores = engine.broadcast(
+        objective.score(dataset.table, rows, predictions) if engine.rank == 0 and predictions else Scores({})
+    )
+    metrics = {"loss": loss} | objective.loss_metrics(loss) | scores.metrics
+    if len(objective.terms) > 1:
+        metrics |= {
+            f"{term.name}_loss": float(part) for term, part in zip(objective.terms, parts, strict=True)
+        }
+    return Evaluation(loss, metrics, scores.tables)

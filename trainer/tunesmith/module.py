@@ -1,0 +1,90 @@
+"""The one module that an engine wraps: backbone, head and the terms of the loss.
+
+The hidden states meet the head inside it, so that a sharding engine gathers the head where it must, and no logits
+leave it. Its forward has a mode; every rank runs the same mode at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.batch import Batch
+from tunesmith.objectives.base import Objective
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """`total` is what backward takes: Σ weight × sum / normalizer over the terms (0-dim fp32). `parts` are the
+    terms' sum / normalizer, detached [terms]."""
+
+    total: Tensor
+    parts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """`sums` are the terms' sums over the batch [terms], `predictions` the objective's, one per row."""
+
+    sums: Tensor
+    predictions: list[Any]
+
+
+class TrainModule(nn.Module):
+    """`forward(batch, "loss", normalizers)` → Loss; `forward(batch, "predict")` → Predicted;
+    `forward(batch, "generate", options=…)` → generated token ids [rows, new tokens]."""
+
+    def __init__(self, model: nn.Module, objective: Objective, precision: Precision) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.precision: Precision = precision
+        self.untouched: tuple[str, ...] = ()
+
+    def forward(
+        self,
+        batch: Batch,
+        mode: Literal["loss", "predict", "generate"] = "loss",
+        normalizers: Tensor | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Loss | Predicted | Tensor:
+        device = next(iter(batch.inputs.values())).device
+        dtype = _AUTOCAST.get(self.precision)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            if mode == "generate":
+                return self._generate(batch, options or {})
+            outputs = self.objective.outputs(self.model, batch)
+        if mode == "predict":
+            ones = torch.ones(len(self.objective.terms), device=device)
+            return Predicted(
+                torch.stack(self._parts(outputs, batch, ones)), self.objective.predict(outputs, batch)
+            )
+        assert normalizers is not None
+        parts = self._parts(outputs, batch, normalizers)
+        total = torch.stack(
+            [term.weight * part for term, part in zip(self.objective.terms, parts, strict=True)]
+        ).sum()
+        return Loss(total + self._touch(), torch.stack(parts).detach())
+
+    def _parts(self, outputs: Mapping[str, Any], batch: Batch, normalizers: Tensor) -> list[Tensor]:
+        return [term(outputs, batch, normalizers[i]) for i, term in enumerate(self.objective.terms)]
+
+    def _touch(self) -> Tensor | float:
+        # DDP and FSDP2 wait for a gradient of every trainable parameter, also of those a loss does not use
+        if not self.untouched:
+            return 0.0
+        parameters = dict(self.named_parameters())
+        return torch.stack([parameters[name].view(-1)[:1].sum() for name in self.untouched]).sum() * 0.0
+
+    def _generate(self, batch: Batch, options: Mapping[str, Any]) -> Tensor:
+        generated = self.model.generate(**batch.inputs, **options)  # pyright: ignore[reportCallIssue]
+        encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+        start = 1 if encoder_decoder else batch.inputs["input_ids"].shape[1]
+        return generated[:, start:]

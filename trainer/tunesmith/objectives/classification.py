@@ -1,0 +1,283 @@
+"""Sequence classification of a text or a pair of texts: one label, several labels, or numbers (regression).
+
+The unit is a row; several labels or numbers are averaged within it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.batch import Batch
+from tunesmith.data.encoded import Dropped
+from tunesmith.data.examples import Example, Labelled
+from tunesmith.data.table import Encoded, Kind, Table
+from tunesmith.errors import DataError, UserError
+from tunesmith.metrics import labels as label_metrics
+from tunesmith.metrics.regression import regression_metrics
+from tunesmith.objectives.base import Objective, Scores, Truncation, text_inputs
+from tunesmith.recipe.objective import Classification
+from tunesmith.terms import RowBinaryCrossEntropy, RowCrossEntropy, RowSquaredError, Term
+
+Problem = Literal["single_label", "multi_label", "regression"]
+
+_HF_PROBLEM: dict[Problem, str] = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+
+
+class ClassificationObjective(Objective):
+    accepts = (Labelled,)
+    kinds: ClassVar[dict[str, Kind]] = {"numbers": "floats", "labels": "ints", "token_type_ids": "ints"}
+
+    def __init__(
+        self, settings: Classification, tokenizer: Any, max_length: int, truncation: Truncation
+    ) -> None:
+        super().__init__(tokenizer, max_length, truncation)
+        self.settings = settings
+        self.problem: Problem | None = None if settings.problem == "auto" else settings.problem
+        self.labels: list[str] = list(settings.labels or [])
+        self.width = len(self.labels)
+        self.train_counts: dict[str, int] = {}
+
+    # labels
+
+    def fit(self, examples: Iterable[Example]) -> None:
+        names: dict[str, int] = {}
+        for example in examples:
+            assert isinstance(example, Labelled)
+            label = example.label
+            found: Problem = (
+                "multi_label" if isinstance(label, tuple) and not _numbers(label)
+                else "single_label" if isinstance(label, str)
+                else "regression"
+            )  # fmt: skip
+            if self.problem is None:
+                self.problem = found
+            if self.problem == "regression":
+                self.width = max(self.width, len(_as_numbers(example)))
+                continue
+            if found != self.problem and not (self.problem == "multi_label" and found == "single_label"):
+                raise DataError(
+                    f"a {found.replace('_', ' ')} among {self.problem.replace('_', ' ')}s",
+                    example.place,
+                    "label",
+                )
+            for name in label if isinstance(label, tuple) else (label,):
+                names[str(name)] = names.get(str(name), 0) + 1
+        if self.problem != "regression":
+            self.labels = self.labels or sorted(names, key=_natural)
+            self.width = len(self.labels)
+            self.train_counts = {name: names.get(name, 0) for name in self.labels}
+            if self.problem == "single_label" and self.width < 2:
+                raise UserError(
+                    f"the training rows have one label only ({', '.join(self.labels)}): nothing to tell apart"
+                )
+        self._complete()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "problem": self.problem,
+            "labels": self.labels,
+            "width": self.width,
+            "counts": self.train_counts,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.problem, self.labels, self.width = state["problem"], state["labels"], state["width"]
+        self.train_counts = state["counts"]
+        self._complete()
+
+    def _complete(self) -> None:
+        self._ids = {name: i for i, name in enumerate(self.labels)}
+        smoothing = self.settings.label_smoothing_factor
+        term: Term
+        match self.problem:
+            case "single_label":
+                term = RowCrossEntropy(label_smoothing=smoothing)
+            case "multi_label":
+                term = RowBinaryCrossEntropy(label_smoothing=smoothing)
+            case _:
+                if smoothing:
+                    raise UserError("objective.label_smoothing_factor: has no effect on regression")
+                term = RowSquaredError()
+        self.terms = (term,)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint | self.settings.model_dump(exclude={"label_smoothing_factor"})
+
+    # rows
+
+    def encode(self, example: Example) -> Iterator[Encoded | Dropped]:
+        assert isinstance(example, Labelled)
+        if not example.text.strip():
+            yield Dropped("empty text")
+            return
+        ids = self.tokenizer(example.text, example.text_pair)
+        truncated = len(ids["input_ids"]) > self.max_length
+        if truncated:
+            if self.truncation == "drop":
+                yield Dropped("longer than max_length")
+                return
+            ids = self.tokenizer(example.text, example.text_pair, truncation=True, max_length=self.max_length)
+        row: Encoded = {"input_ids": ids["input_ids"], "truncated": int(truncated)}
+        if "token_type_ids" in ids:
+            row["token_type_ids"] = ids["token_type_ids"]
+        yield row | self._target(example)
+
+    def _target(self, example: Labelled) -> Encoded:
+        if self.problem == "regression":
+            numbers = [] if example.label is None else _as_numbers(example)
+            if example.label is not None and len(numbers) != self.width:
+                raise DataError(
+                    f"{len(numbers)} numbers where other rows have {self.width}", example.place, "label"
+                )
+            return {"numbers": numbers}
+        if example.label is None:
+            return {"labels": []}
+        names = example.label if isinstance(example.label, tuple) else (example.label,)
+        for name in names:
+            if str(name) not in self._ids:
+                known = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
+                raise DataError(
+                    f"label {name!r} is not among the training labels ({known})", example.place, "label"
+                )
+        return {"labels": [self._ids[str(name)] for name in names]}
+
+    # model
+
+    @property
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def config_overrides(self) -> dict[str, Any]:
+        assert self.problem is not None
+        overrides: dict[str, Any] = {"problem_type": _HF_PROBLEM[self.problem]}
+        if self.problem == "regression":
+            return overrides | {"num_labels": self.width}
+        return overrides | {"id2label": dict(enumerate(self.labels)), "label2id": dict(self._ids)}
+
+    def collate(self, rows: Sequence[Encoded], places: Sequence[int]) -> Batch:
+        inputs, tokens = text_inputs(self.tokenizer, rows)
+        return Batch(
+            inputs, {"labels": self._labels(rows), "row_mask": torch.ones(len(rows))}, tuple(places), tokens
+        )
+
+    def _labels(self, rows: Sequence[Encoded]) -> Tensor:
+        match self.problem:
+            case "single_label":
+                return torch.tensor([int(row["labels"][0]) if len(row["labels"]) else -100 for row in rows])
+            case "multi_label":
+                out = torch.zeros(len(rows), self.width)
+                for i, row in enumerate(rows):
+                    out[i, [int(label) for label in row["labels"]]] = 1.0
+                return out
+            case _:
+                numbers = [
+                    row["numbers"] if len(row["numbers"]) else np.zeros(self.width, np.float32)
+                    for row in rows
+                ]
+                return torch.from_numpy(np.stack(numbers).astype(np.float32))
+
+    # evaluation
+
+    def predict(self, outputs: Mapping[str, Any], batch: Batch) -> list[Any]:
+        logits: Tensor = outputs["logits"].float()
+        match self.problem:
+            case "single_label":
+                values = logits.softmax(-1)
+            case "multi_label":
+                values = logits.sigmoid()
+            case _:
+                values = logits
+        return list(values.cpu().numpy())
+
+    def score(self, table: Table, rows: Sequence[int], predictions: Sequence[Any]) -> Scores:
+        values = np.stack(predictions)
+        if self.problem == "regression":
+            truth = np.stack([table.value("numbers", row) for row in rows])
+            return Scores(regression_metrics(values, truth))
+        if self.problem == "multi_label":
+            many = np.zeros((len(rows), self.width), dtype=np.int64)
+            for i, row in enumerate(rows):
+                many[i, table.value("labels", row)] = 1
+            chosen = (values > 0.5).astype(np.int64)
+            return Scores(
+                label_metrics.multi_label_metrics(chosen, many),
+                {"labels": label_metrics.multi_label_table(chosen, many, self.labels)},
+            )
+        one = np.array([table.value("labels", row)[0] for row in rows], dtype=np.int64)
+        best = values.argmax(-1)
+        return Scores(
+            label_metrics.single_label_metrics(best, one),
+            {"labels": label_metrics.single_label_table(best, one, self.labels)},
+        )
+
+    def baseline(self, tables: Mapping[str, Table]) -> dict[str, dict[str, float]]:
+        """Always answering the most frequent training label."""
+        if self.problem != "single_label":
+            return {}
+        labels = {name: np.array([v[0] for v in table.column("labels")]) for name, table in tables.items()}
+        values, counts = np.unique(labels["train"], return_counts=True)
+        majority = values[counts.argmax()]
+        found: dict[str, dict[str, float]] = {}
+        for name, given in labels.items():
+            if name != "train":
+                found[name] = label_metrics.single_label_metrics(np.full_like(given, majority), given)
+        return found
+
+    def presentable(self, table: Table, row: int, prediction: Any) -> dict[str, Any]:
+        match self.problem:
+            case "single_label":
+                best = int(prediction.argmax())
+                return {"label": self.labels[best], "score": round(float(prediction[best]), 6)}
+            case "multi_label":
+                chosen = [name for name, p in zip(self.labels, prediction, strict=True) if p > 0.5]
+                return {
+                    "labels": chosen,
+                    "scores": {n: round(float(p), 6) for n, p in zip(self.labels, prediction, strict=True)},
+                }
+            case _:
+                numbers = [float(value) for value in prediction]
+                return {"value": numbers[0] if len(numbers) == 1 else numbers}
+
+    @property
+    def default_metric(self) -> tuple[str, bool]:
+        match self.problem:
+            case "single_label":
+                return "accuracy", True
+            case "multi_label":
+                return "micro_f1", True
+            case _:
+                return "loss", False
+
+
+def _numbers(label: tuple[Any, ...]) -> bool:
+    return bool(label) and all(isinstance(item, float) for item in label)
+
+
+def _as_numbers(example: Labelled) -> list[float]:
+    items = example.label if isinstance(example.label, tuple) else (example.label,)
+    try:
+        numbers = [float(item) for item in items]  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):
+        raise DataError(f"{example.label!r} is not a number", example.place, "label") from None
+    if not all(np.isfinite(numbers)):
+        raise DataError(f"{example.label!r} is not a finite number", example.place, "label")
+    return numbers
+
+
+def _natural(name: str) -> tuple[int, float, str]:
+    """Numbers in the order of numbers, before names in theirs: labels "2" and "10" keep their ranks."""
+    try:
+        return (0, float(name), name)
+    except ValueError:
+        return (1, 0.0, name)

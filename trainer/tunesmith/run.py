@@ -1,0 +1,261 @@
+"""One rank of a run: every object is built here, in one straight line, each where it must be."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith import optim
+from tunesmith.checkpoint.run_state import RunState, load_weights
+from tunesmith.checkpoint.state import Progress
+from tunesmith.checkpoint.store import Checkpoint, clean_leftovers, find_latest
+from tunesmith.data.order import Order
+from tunesmith.data.prepare import Dataset, prepare
+from tunesmith.data.stream import Stream
+from tunesmith.engine import Engine, build_engine
+from tunesmith.environment import git_commit, host, versions
+from tunesmith.errors import UserError
+from tunesmith.export import export_final
+from tunesmith.loop import Loop
+from tunesmith.loss_scale import LossScale
+from tunesmith.model import load_model
+from tunesmith.module import TrainModule
+from tunesmith.objectives import Objective, build_objective
+from tunesmith.precision import choose
+from tunesmith.quiet import quiet_libraries
+from tunesmith.recipe import Recipe
+from tunesmith.recipe.load import dump_recipe
+from tunesmith.recipe.schedule import ReduceOnPlateau
+from tunesmith.schedules import Plateau
+from tunesmith.session import Session
+from tunesmith.signals import StopRequest
+from tunesmith.startup import check_packing, probe
+from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
+from tunesmith.tracking.events import Evaluated, Message, RunEnded, RunStarted
+from tunesmith.tracking.tracker import Tracker
+from tunesmith.trainable import apply_trainable
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """`--resume` (the newest whole checkpoint of the run) or `--overwrite`; neither refuses a used folder."""
+
+    resume: bool = False
+    overwrite: bool = False
+
+
+def run(recipe: Recipe, base: Path, how: Resume) -> None:
+    """Trains one rank's part. Raises TunesmithError with the exit code to return."""
+    quiet_libraries()
+    started = time.perf_counter()
+    run_dir = Path(recipe.output_dir).expanduser() / recipe.run_name
+    with StopRequest() as stop:
+        # the engine comes first: it makes the process group, and with it the device and the rank
+        engine = build_engine(recipe)
+        try:
+            _train(recipe, base, how, engine, run_dir, stop, started)
+        finally:
+            engine.close()
+
+
+def _train(
+    recipe: Recipe, base: Path, how: Resume, engine: Engine, run_dir: Path, stop: StopRequest, started: float
+) -> None:
+    checkpoint = open_run_dir(engine, run_dir, how)
+    precision, why = choose(recipe.training.precision, engine.device)
+    tracker = Tracker.build(recipe, run_dir) if engine.rank == 0 else Tracker([])
+
+    # data before the model: the labels decide the width of its head; while one process of a machine encodes, the
+    # others wait on its lock, then for each other, outside any collective
+    tokenizer, notes = tokenizer_for(recipe, base)
+    objective = build_objective(recipe, tokenizer)
+    datasets = prepare(recipe.data, base, objective, tokenizer_hash(tokenizer))
+    engine.wait_for_all("data")
+
+    loaded = load_model(recipe.model, base, objective, tokenizer, recipe.training.seed)
+    # freezing before the optimizer, which takes only what is trained
+    trainable = apply_trainable(loaded.model, recipe.trainable)
+    module = TrainModule(loaded.model, objective, precision)
+    engine.prepare(module, lambda m: optim.build(recipe.optim, optim.parameter_groups(m, recipe.optim)))
+
+    stream = build_stream(recipe, datasets["train"], objective)
+    total_steps = count_steps(recipe, stream)
+    # the probe runs before the first reduced step: it finds the parameters that the loss does not use
+    facts: dict[str, Any] = {**probe(engine, stream)}
+    if recipe.data.packing:
+        facts["packing_difference"] = check_packing(stream, engine)
+
+    metric = best_metric(recipe, objective) if "eval" in datasets else None
+    plateau = Plateau(recipe.schedule) if isinstance(recipe.schedule, ReduceOnPlateau) else None
+    scale = LossScale(precision == "fp16", engine.device)
+    state = RunState(engine, Progress(), scale, plateau, {})
+    if checkpoint is not None:
+        state.load(checkpoint, recipe)
+        tracker.load_state(state.extra)
+
+    facts |= engine.facts() | loaded.facts | trainable
+    facts |= {"precision": precision, "precision_why": why, "total_steps": total_steps}
+    facts |= batch_facts(recipe, stream, engine.world_size)
+    facts |= {"data": {name: dataset.facts for name, dataset in datasets.items()}}
+    facts |= {
+        "notes": [*notes, *loaded.notes, *objective.notes()],
+        "startup_seconds": time.perf_counter() - started,
+    }
+    if engine.rank == 0:
+        write_environment(run_dir, recipe, base, facts)
+    resumed = None if checkpoint is None else checkpoint.manifest.step
+    tracker.on(RunStarted(recipe.run_name, total_steps, recipe.model_dump(mode="json"), facts, resumed))
+
+    session = Session(engine, recipe, run_dir, objective, datasets, state, tracker, stop)
+    loop = Loop(
+        engine, stream, objective.terms, recipe, total_steps, state.progress, scale, session, metric, plateau
+    )
+    try:
+        reason = loop.run()
+        best = state.progress.best_step
+        if metric is not None and recipe.checkpoint.final == "best" and best != state.progress.step:
+            assert best is not None
+            load_weights(engine, run_dir / f"checkpoint-{best}")
+            tracker.on(Message(f"final/ has the weights of step {best}, the best {metric[0]}", "info"))
+        final = export_final(engine, tokenizer, run_dir)
+        summary = _test(session, datasets, objective) | {"final": str(final), "best_step": best}
+        tracker.on(RunEnded("done", reason, state.progress.step, summary))
+    except BaseException as error:
+        tracker.on(RunEnded("stopped", str(error) or type(error).__name__, state.progress.step, {}))
+        raise
+    finally:
+        tracker.close()
+
+
+def _test(session: Session, datasets: dict[str, Dataset], objective: Objective) -> dict[str, Any]:
+    """The `test` rows, read once, by the weights of final/."""
+    summary: dict[str, Any] = {
+        "baseline": objective.baseline({name: d.table for name, d in datasets.items()})
+    }
+    if "test" in datasets:
+        started, step = time.perf_counter(), session.state.progress.step
+        found = session.evaluate(step, 0.0, "test")
+        seconds = time.perf_counter() - started
+        session.emit(Evaluated(step, 0.0, found.loss, found.metrics, found.tables, "test", seconds))
+        summary["test"] = found.metrics
+    return summary
+
+
+def open_run_dir(engine: Engine, run_dir: Path, how: Resume) -> Checkpoint | None:
+    """Makes the folder on rank 0; the checkpoint to continue from, the same on every rank."""
+    error: UserError | None = None
+    found: Checkpoint | None = None
+    if engine.rank == 0:
+        try:
+            found = _open(run_dir, how)
+        except UserError as caught:
+            error = caught
+    error = engine.broadcast(error)
+    if error is not None:
+        raise error
+    return engine.broadcast(found)
+
+
+def _open(run_dir: Path, how: Resume) -> Checkpoint | None:
+    used = (run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoint-*"))
+    if how.resume:
+        clean_leftovers(run_dir)
+        found = find_latest(run_dir)
+        for broken in found.skipped:
+            print(f"skipped {broken.path.name}: {broken.reason}", flush=True)
+        if found.latest is None and used:
+            raise UserError(f"--resume: {run_dir} has no whole checkpoint; start again with --overwrite")
+        if found.latest is None:
+            raise UserError(f"--resume: there is no run in {run_dir}")
+        return found.latest
+    if used and not how.overwrite:
+        raise UserError(
+            f"{run_dir} holds a run: continue it with --resume, replace it with --overwrite, or set run_name"
+        )
+    if used:
+        replace_run(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def replace_run(run_dir: Path) -> None:
+    """Removes what a run of ours wrote into its folder, and nothing else."""
+    import shutil
+
+    for pattern in ("checkpoint-*", ".checkpoint-*", "final", "wandb"):
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path)
+    for name in (
+        "metrics.jsonl",
+        "environment.json",
+        "recipe.yaml",
+        "report.html",
+        "report.json",
+        "exit.json",
+    ):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def build_stream(recipe: Recipe, dataset: Dataset, objective: Objective) -> Stream:
+    """The training rows in their order."""
+    data, training = recipe.data, recipe.training
+    by_length = data.group_by_length and not data.packing
+    lengths = dataset.table.lengths() if by_length else None
+    order = Order(dataset.segments, training.global_batch_size, training.seed, data.shuffle, lengths)
+    if order.rows_per_epoch == 0:
+        raise UserError("data.train: the weights of the sources leave no row in an epoch")
+    pack_length = data.max_length if data.packing else None
+    return Stream(dataset, order, objective, training.per_device_train_batch_size, pack_length)
+
+
+def count_steps(recipe: Recipe, stream: Stream) -> int:
+    """`max_steps`, or the steps of the epochs (a part of an epoch rounds up to whole steps)."""
+    if recipe.training.max_steps is not None:
+        return recipe.training.max_steps
+    epochs = recipe.training.epochs
+    assert epochs is not None
+    return max(1, -int(-epochs * stream.steps_per_epoch // 1))
+
+
+def best_metric(recipe: Recipe, objective: Objective) -> tuple[str, bool]:
+    """What chooses the best evaluation, and whether greater is better."""
+    name, greater = objective.default_metric
+    asked = recipe.evaluation.metric_for_best
+    if asked is not None:
+        name = asked.removeprefix("eval_")
+        greater = not (name.endswith("loss") or name in {"perplexity", "mse", "rmse", "mae", "hamming_loss"})
+    if recipe.evaluation.greater_is_better is not None:
+        greater = recipe.evaluation.greater_is_better
+    if recipe.evaluation.metrics is not None and name not in {"loss", *recipe.evaluation.metrics}:
+        raise UserError(f"evaluation.metric_for_best: {name} is not among evaluation.metrics")
+    return name, greater
+
+
+def batch_facts(recipe: Recipe, stream: Stream, world_size: int) -> dict[str, Any]:
+    micro_steps = [len(stream.cells(step, world_size)) for step in range(min(4, stream.steps_per_epoch))]
+    return {
+        "global_batch_size": recipe.training.global_batch_size,
+        "gradient_accumulation_steps": max(micro_steps),
+        "steps_per_epoch": stream.steps_per_epoch,
+        "kernels": {"loss": "torch cross_entropy", "optimizer": f"torch {recipe.optim.name}"},
+    }
+
+
+def write_environment(run_dir: Path, recipe: Recipe, base: Path, facts: dict[str, Any]) -> None:
+    """recipe.yaml (resolved, complete) and environment.json."""
+    (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    about = {
+        "versions": versions(),
+        "git_commit": git_commit(base),
+        "host": host(),
+        "process": {"pid": os.getpid(), "torch_threads": torch.get_num_threads()},
+        "facts": facts,
+    }
+    text = json.dumps(about, indent=1, ensure_ascii=False, default=str)
+    (run_dir / "environment.json").write_text(text + "\n", encoding="utf-8")

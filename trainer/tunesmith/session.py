@@ -1,0 +1,67 @@
+"""What surrounds the loop of a run: its folder, its observers, its evaluations and saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.checkpoint.run_state import RunState
+from tunesmith.checkpoint.state import Progress
+from tunesmith.data.prepare import Dataset
+from tunesmith.engine import Engine
+from tunesmith.evaluator import Evaluation, evaluate
+from tunesmith.generation import evaluate_generation
+from tunesmith.objectives import Objective
+from tunesmith.recipe import Recipe
+from tunesmith.signals import StopRequest
+from tunesmith.tracking.tracker import Tracker
+from tunesmith.tracking.events import Event, Saved
+
+
+@dataclass(slots=True)
+class Session:
+    """The loop's services."""
+
+    engine: Engine
+    recipe: Recipe
+    run_dir: Path
+    objective: Objective
+    datasets: dict[str, Dataset]
+    state: RunState
+    tracker: Tracker
+    stop: StopRequest
+
+    def emit(self, event: Event) -> None:
+        self.tracker.on(event)
+
+    def evaluate(self, step: int, epoch: float, split: str = "eval") -> Evaluation:
+        """Loss, metrics and, where the recipe asks for it, metrics of generated text."""
+        dataset, settings = self.datasets[split], self.recipe.evaluation
+        per_device, seed = settings.per_device_eval_batch_size, self.recipe.training.seed
+        with self.tracker.counting(f"{split} at step {step}", len(dataset)) as count:
+            found = evaluate(self.engine, self.objective, dataset, per_device, seed, count)
+        if settings.generate is not None:
+            rows = min(len(dataset), settings.generate.limit or len(dataset))
+            with self.tracker.counting(f"generating for {split}", rows) as count:
+                scores = evaluate_generation(
+                    self.engine, self.objective, dataset, settings.generate, per_device, count
+                )
+            found = Evaluation(found.loss, found.metrics | scores.metrics, found.tables | scores.tables)
+        if settings.metrics is not None:
+            kept = {"loss", *settings.metrics}
+            found = Evaluation(
+                found.loss, {n: v for n, v in found.metrics.items() if n in kept}, found.tables
+            )
+        return found
+
+    def save(self, progress: Progress, *, best: bool) -> None:
+        best_step = progress.best_step if self.recipe.checkpoint.final == "best" else None
+        protect = set() if best_step is None else {self.run_dir / f"checkpoint-{best_step}"}
+        self.state.extra.update(self.engine.broadcast(self.tracker.state()))
+        path, _ = self.state.save(
+            self.run_dir, self.recipe, keep=self.recipe.checkpoint.save_total_limit, protect=protect
+        )
+        self.emit(Saved(progress.step, str(path)))
+
+    def stop_requested(self) -> bool:
+        return self.stop.requested

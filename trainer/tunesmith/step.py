@@ -1,0 +1,82 @@
+"""One optimizer step, on one screen. The same on every backend: what differs lives in the engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith import optim
+from tunesmith.batch import Batch
+from tunesmith.data.order import Salt, raw
+from tunesmith.engine import Engine
+from tunesmith.gradients import clip_coefficient
+from tunesmith.loss_scale import LossScale
+from tunesmith.module import Loss
+from tunesmith.terms import Term
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step leaves on the device: reading any of it waits for the step."""
+
+    loss: Tensor  # 0-dim fp64: Σ weight × sum / units over the global batch
+    norm: Tensor  # 0-dim fp64: of the global gradient, before clipping
+    counts: Tensor  # fp64 [terms + 3]: units per term, samples, tokens, ranks that were asked to stop
+    broken: Tensor  # 0-dim fp32: not zero once a step was not finite; later updates are suppressed too
+    overflow: Tensor  # 0-dim fp32: 1 where this update was skipped to lower fp16's loss scale
+
+
+def seed_generators(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Dropout and the like are a pure function of the place in the run: a resumed run draws what the whole run
+    would have drawn, and no generator state has to be saved."""
+    key = int(raw(1, seed, step, micro_step, rank, Salt.MODEL)[0])
+    torch.manual_seed(key & (2**63 - 1))
+    np.random.seed(key & 0xFFFFFFFF)
+    random.seed(key)
+
+
+def train_step(
+    engine: Engine,
+    batches: Sequence[Batch],  # this rank's micro-batches; equally many on every rank
+    terms: Sequence[Term],
+    *,
+    step: int,
+    seed: int,
+    learning_rate: float,
+    max_grad_norm: float | None,
+    scale: LossScale,
+    broken: Tensor,
+    stop: bool,
+) -> StepResult:
+    # d/dθ of Σ_terms weight · S/U: S sums over the labelled units of the *global* batch, U counts them. U is known
+    # before the first backward; engines mean gradients over W ranks, so every micro-batch is divided by U/W.
+    own = [sum(term.units(batch) for batch in batches) for term in terms]
+    totals = [sum(batch.samples for batch in batches), sum(batch.tokens for batch in batches), int(stop)]
+    counts = engine.sum(torch.tensor([*own, *totals], dtype=torch.float64))  # [terms + 3]
+    normalizers = (counts[: len(terms)].clamp(min=1) / engine.world_size).float()  # [terms]
+
+    parts = torch.zeros(len(terms), device=engine.device)
+    for micro_step, batch in enumerate(batches):
+        seed_generators(seed, step, micro_step, engine.rank)
+        with engine.accumulate(last=micro_step == len(batches) - 1):
+            loss: Loss = engine.forward(batch, "loss", normalizers)  # total: 0-dim, parts: [terms]
+            engine.backward(scale.apply(loss.total))
+        parts += loss.parts
+
+    weights = torch.tensor([term.weight for term in terms], dtype=torch.float64, device=engine.device)
+    total = (weights * engine.sum(parts.double()) / engine.world_size).sum()
+    norm = engine.gradient_square_sum().sqrt() / scale.value
+    bad_loss, bad_norm = (~torch.isfinite(total)).float(), (~torch.isfinite(norm)).float()
+    # fp16 overflows in the backward are expected: they lower the scale. Anything else that is not finite stays set.
+    broken = torch.maximum(broken, bad_loss if scale.enabled else torch.maximum(bad_loss, bad_norm))
+    skip = torch.maximum(broken, bad_norm)
+
+    optim.set_learning_rates(engine.optimizer, learning_rate)
+    engine.step(clip_coefficient(norm, max_grad_norm) / scale.value, skip)
+    scale.update(bad_norm)
+    return StepResult(total, norm, counts, broken, skip * scale.enabled)

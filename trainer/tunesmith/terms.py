@@ -1,0 +1,132 @@
+"""Terms of the loss, and the one place where a loss is divided.
+
+The gradient of a step is d/dθ of Σ over terms of weight × (sum over the labelled units of the global batch) /
+(number of those units). A unit is a token for token losses, a row for row losses. A term therefore never takes a
+mean: it sums, and divides by the normalizer that the loop hands in, which counts the whole window over all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from tunesmith.batch import IGNORED, Batch
+
+
+class Term(Protocol):
+    """One addend of the loss."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    def units(self, batch: Batch) -> int:
+        """The labelled units in a batch; called before the forward, summed over the window and the ranks."""
+        ...
+
+    def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
+        """The sum over the batch's units / normalizer: 0-dim fp32, with gradient."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCrossEntropy:
+    """Σ −log p(label) over the labelled positions; `shift` for next-token prediction.
+
+    logits: `outputs[logits]` [rows, positions, classes]; labels: `targets[target]` [rows, positions] int64, −100
+    where there is no loss. Label smoothing as torch's `cross_entropy` (Szegedy et al. 2016)."""
+
+    name: str = "loss"
+    weight: float = 1.0
+    target: str = "labels"
+    logits: str = "logits"
+    shift: bool = False
+    label_smoothing: float = 0.0
+
+    def _labels(self, batch: Batch) -> Tensor:
+        labels = batch.targets[self.target]
+        return labels[:, 1:] if self.shift else labels
+
+    def units(self, batch: Batch) -> int:
+        return int((self._labels(batch) != IGNORED).sum())
+
+    def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
+        logits: Tensor = outputs[self.logits]
+        if self.shift:
+            logits = logits[:, :-1]
+        total = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(),
+            self._labels(batch).reshape(-1),
+            ignore_index=IGNORED,
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        )
+        return total / normalizer
+
+
+@dataclass(frozen=True, slots=True)
+class _RowTerm:
+    name: str = "loss"
+    weight: float = 1.0
+
+    def units(self, batch: Batch) -> int:
+        return int(batch.targets["row_mask"].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class RowCrossEntropy(_RowTerm):
+    """Σ over rows of −log p(label). logits [rows, classes], `targets[target]` [rows] int64."""
+
+    label_smoothing: float = 0.0
+    target: str = "labels"
+    logits: str = "logits"
+
+    def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
+        logits, labels = outputs[self.logits].float(), batch.targets[self.target]
+        total = F.cross_entropy(
+            logits, labels, ignore_index=IGNORED, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+        return total / normalizer
+
+
+@dataclass(frozen=True, slots=True)
+class RowBinaryCrossEntropy(_RowTerm):
+    """Σ over rows of the mean over labels of the binary cross-entropy. logits and labels [rows, labels]."""
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
+        labels = batch.targets["labels"] * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
+        losses = F.binary_cross_entropy_with_logits(outputs["logits"].float(), labels, reduction="none")
+        return (losses.mean(dim=-1) * batch.targets["row_mask"]).sum() / normalizer
+
+
+@dataclass(frozen=True, slots=True)
+class RowSquaredError(_RowTerm):
+    """Σ over rows of the mean over targets of the squared error. logits and labels [rows, targets]."""
+
+    def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
+        losses = (outputs["logits"].float() - batch.targets["labels"]).square()
+        return (losses.mean(dim=-1) * batch.targets["row_mask"]).sum() / normalizer
+
+
+@dataclass(frozen=True, slots=True)
+class SpanCrossEntropy(_RowTerm):
+    """Extractive answers: Σ over rows of the mean of −log p(start) and −log p(end) (Devlin et al. 2019).
+
+    start_logits, end_logits [rows, positions]; `targets[start]`, `targets[end]` [rows] int64."""
+
+    def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
+        ends = [
+            F.cross_entropy(
+                outputs[f"{end}_logits"].float(), batch.targets[end], ignore_index=IGNORED, reduction="sum"
+            )
+            for end in ("start", "end")
+        ]
+        return torch.stack(ends).mean() / normalizer
