@@ -121,18 +121,21 @@ def unknown_key(spot: Spot) -> str:
     everywhere = {key.rpartition(".")[2]: key for key in reversed(_settings())}
     if guess := close(leaf, everywhere, 0.8):
         return f"unknown key; did you mean {everywhere[guess]}?"
-    return f"unknown key; {section or 'a recipe'} takes {', '.join(known)}"
+    here = ".".join(str(part) for part in spot.path[:-1] if not isinstance(part, int))
+    return f"unknown key; {here or 'a recipe'} takes {', '.join(known)}"
 
 
 def meant_word(path: Path, allowed: Sequence[str], value: object) -> str | None:
     """The allowed word that `value` was probably meant to be."""
+    if value is None:
+        return None
     meant = values.VALUES.get(generic(path), {}).get(plain(value))
     return meant if meant is not None and meant in allowed else close(value, allowed)
 
 
 def wrong_choice(path: Path, allowed: Sequence[str], value: object) -> str:
     """What to say of a value that is not one of the words `allowed`."""
-    key, word = generic(path), plain(value)
+    key, word = generic(path), "" if value is None else plain(value)
     if key == "data.train.format" and word in values.FILE_KINDS:
         return (
             f"{show(value)} is how the file is written, which its name tells; format says what a row holds: "
@@ -143,7 +146,7 @@ def wrong_choice(path: Path, allowed: Sequence[str], value: object) -> str:
         return f"here {show(value)} is {meant}"
     if meant in values.ROADMAP.get(key, ()):
         return f"{meant} is not available in this version; it has {', '.join(allowed)}"
-    guess = close(value, allowed)
+    guess = close(word, allowed)
     return f"must be one of {', '.join(allowed)}, not {show(value)}" + (
         f"; did you mean {guess}?" if guess else ""
     )

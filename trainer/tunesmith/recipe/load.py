@@ -12,6 +12,8 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 import tunesmith
 from tunesmith.recipe import rules
@@ -166,6 +168,16 @@ def _plain(value: Any) -> Any:
             return value
 
 
+class _Representer(SafeRepresenter):
+    """Control and separator characters are written as escapes: unquoted or in single quotes YAML folds them."""
+
+    def represent_text(self, text: str) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Representer.add_representer(str, _Representer.represent_text)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe, complete, as YAML that loads back to an equal one. Defaults without effect (such as the
     time of evaluations that there are no rows for) are left out: written down, they would be faults."""
@@ -179,6 +191,7 @@ def dump_recipe(recipe: Recipe) -> str:
             holder = holder[step]
         del holder[problem.path[-1]]
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 2**16

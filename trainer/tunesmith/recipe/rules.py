@@ -15,7 +15,11 @@ _PACKABLE = {"causal_lm", "sft"}
 _GENERATING = {"causal_lm", "sft", "seq2seq"}
 _CHATS = {"prompt_answer", "alpaca", "messages", "sharegpt"}
 _FORMATS = {
+    "causal_lm": {"text"},
+    "masked_lm": {"text"},
+    "span_corruption": {"text"},
     "sft": _CHATS,
+    "seq2seq": {"translation"} | _CHATS,
     "classification": {"classification", "pairs"},
     "token_classification": {"tokens"},
     "question_answering": {"squad"},
@@ -57,10 +61,10 @@ def _split(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _formats(recipe: Recipe) -> Iterator[Problem]:
-    allowed = _FORMATS.get(recipe.objective.type)
+    allowed = _FORMATS[recipe.objective.type]
     for part in ("train", "eval", "test"):
         for index, source in enumerate(getattr(recipe.data, part)):
-            if allowed is not None and source.format not in allowed:
+            if source.format not in allowed:
                 yield _problem(
                     f"data.{part}.{index}.format",
                     f"objective {recipe.objective.type} does not read {source.format}; it reads "
