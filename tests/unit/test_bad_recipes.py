@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tunesmith.errors import UserError
 from tunesmith.recipe.load import RecipeError, load_recipe
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import (
     RecipeError,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.advice import generic
 from tunesmith.recipe.load import (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import (
     dump_recipe,
