@@ -31,6 +31,7 @@ from tunesmith.precision import choose
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import dump_recipe
+from tunesmith.recipe.paths import resolve_paths
 from tunesmith.recipe.schedule import ReduceOnPlateau
 from tunesmith.schedules import Plateau
 from tunesmith.session import Session
@@ -51,10 +52,12 @@ class Resume:
 
 
 def run(recipe: Recipe, base: Path, how: Resume) -> None:
-    """Trains one rank's part. Raises TunesmithError with the exit code to return."""
+    """Trains one rank's part; `base` is the folder that the recipe's paths are relative to. Raises TunesmithError
+    with the exit code to return."""
     quiet_libraries()
     started = time.perf_counter()
-    run_dir = Path(recipe.output_dir).expanduser() / recipe.run_name
+    recipe = resolve_paths(recipe, base)
+    run_dir = Path(recipe.output_dir) / recipe.run_name
     with StopRequest() as stop:
         # the engine comes first: it makes the process group, and with it the device and the rank
         engine = build_engine(recipe)
@@ -108,7 +111,7 @@ def _train(
         "startup_seconds": time.perf_counter() - started,
     }
     if engine.rank == 0:
-        write_environment(run_dir, recipe, base, facts)
+        write_environment(run_dir, recipe, base, objective, facts)
     resumed = None if checkpoint is None else checkpoint.manifest.step
     tracker.on(RunStarted(recipe.run_name, total_steps, recipe.model_dump(mode="json"), facts, resumed))
 
@@ -247,8 +250,13 @@ def batch_facts(recipe: Recipe, stream: Stream, world_size: int) -> dict[str, An
     }
 
 
-def write_environment(run_dir: Path, recipe: Recipe, base: Path, facts: dict[str, Any]) -> None:
-    """recipe.yaml (resolved, complete) and environment.json."""
+def write_environment(
+    run_dir: Path, recipe: Recipe, base: Path, objective: Objective, facts: dict[str, Any]
+) -> None:
+    """recipe.yaml (resolved, complete), objective.json (the labels) and environment.json."""
+    (run_dir / "objective.json").write_text(
+        json.dumps(objective.state(), ensure_ascii=False), encoding="utf-8"
+    )
     (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     about = {
         "versions": versions(),

@@ -1,0 +1,67 @@
+"""A recipe's paths made independent of the folder that it lies in: the resolved recipe in a run's folder, and the
+ranks that read it, must mean the same files."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from tunesmith.errors import UserError
+from tunesmith.recipe.data import Source
+from tunesmith.recipe.root import Recipe
+
+_VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
+
+
+def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
+    """The recipe with absolute paths: those of data and folders are relative to `base`, the recipe's folder;
+    `output_dir` is relative to where the command is typed. `$NAME` and `${NAME}` are environment variables; one
+    that is not set is a UserError. Hub ids and builtin sources stay as they are."""
+    data = recipe.data
+    splits = {
+        name: [_source(source, name, base) for source in getattr(data, name)]
+        for name in ("train", "eval", "test")
+    }
+    cache = None if data.cache_dir is None else _absolute(data.cache_dir, "data.cache_dir", base)
+    model = recipe.model.model_copy(
+        update={
+            name: _model_path(value, f"model.{name}", base)
+            for name in ("model_name_or_path", "tokenizer", "chat_template")
+            if isinstance(value := getattr(recipe.model, name), str)
+        }
+    )
+    return recipe.model_copy(
+        update={
+            "model": model,
+            "data": data.model_copy(update={**splits, "cache_dir": cache}),
+            "output_dir": _absolute(recipe.output_dir, "output_dir", Path.cwd()),
+        }
+    )
+
+
+def _source(source: Source, split: str, base: Path) -> Source:
+    if source.path.startswith(("hub:", "builtin:")):
+        return source
+    return source.model_copy(update={"path": _absolute(source.path, f"data.{split}.path", base)})
+
+
+def _absolute(path: str, key: str, base: Path) -> str:
+    return os.path.abspath(base / Path(_expand(path, key)).expanduser())
+
+
+def _model_path(name: str, key: str, base: Path) -> str:
+    """A folder or file that is there becomes absolute; anything else is a hub id or a name of ours."""
+    expanded = _expand(name, key)
+    local = base / Path(expanded).expanduser()
+    return os.path.abspath(local) if local.exists() or expanded.startswith((".", "/", "~")) else expanded
+
+
+def _expand(text: str, key: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise UserError(f"{key}: the environment variable {name} is not set")
+        return os.environ[name]
+
+    return _VARIABLE.sub(value, text)
