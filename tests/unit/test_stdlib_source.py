@@ -23,9 +23,8 @@ from tunesmith.data.near_duplicates import representatives
 from tunesmith.errors import MachineError, UserError
 
 Rows = list[dict[str, Any]]
-LEFT_OUT = set(
-    ["test", "tests", "idle_test", "idlelib", "lib2to3", "tkinter", "turtle", "encodings", "site-packages"]
-)
+PACKAGED_APART = {"idlelib", "lib2to3", "tkinter", "turtle"}
+LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", *PACKAGED_APART}
 
 
 @pytest.fixture(scope="module")
