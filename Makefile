@@ -1,0 +1,53 @@
+# Every target sets up what it needs, from a bare clone: a .venv with the versions of constraints.txt.
+# PYTHON (3.11, 3.12 or 3.13) makes the .venv; `make clean` first where one of another version is there.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# One thread per test process: the cores are shared by WORKERS processes, each of which may start ranks.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.DELETE_ON_ERROR:
+.PHONY: install quickstart lint format test test-slow test-all clean
+
+install: $(INSTALLED)
+
+# torch goes first and by its exact version, so that a CPU wheel that pip is configured to find is taken as it
+# is; the build backend goes with it, so that pip builds tunesmith from the pins, not in an environment apart.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) $(TORCH) hatchling editables
+	$(PIP) --no-build-isolation --editable '.[dev,quickstart,wandb,bitsandbytes,triton]'
+	touch $@
+
+# Fine-tunes a real pretrained model on the CPU, in minutes, and leaves its run folder in runs/quickstart.
+quickstart: install
+	$(BIN)/tunesmith train configs/quickstart.yaml
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A file's tests stay in one process, which may keep a pool of ranks for them.
+test: install
+	$(PYTEST) -m 'not slow'
+
+test-slow: install
+	$(PYTEST) -m slow
+
+test-all: install
+	$(PYTEST)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache
