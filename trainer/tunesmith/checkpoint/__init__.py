@@ -1,0 +1,1 @@
+"""Checkpoints: published whole or not at all, verified before use, written without pickle."""
