@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tunesmith.data.chat import encode_chat, resolve_template, spans
 from tunesmith.data.examples import Chat, Message
 from tunesmith.errors import Place
 
@@ -174,3 +175,22 @@ def chat(*turns: tuple[Any, ...], tools: tuple[dict[str, Any], ...] = ()) -> Cha
     """Turns of (role's first letter, content, [train], [tool_calls])."""
     roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     return Chat(tuple(Message(roles[role], *rest) for role, *rest in turns), Place("chats.jsonl", 7), tools)
+
+
+TOOLS = ({"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}},)
+
+
+def call(name: str, **arguments: object) -> tuple[dict[str, object], ...]:
+    return ({"type": "function", "function": {"name": name, "arguments": arguments}},)
+
+
+def trained(tokens: PreTrainedTokenizerFast, row: Chat, choice: str | None = None) -> list[str]:
+    """The trained texts, after checking that the labels decode to them (tokens of a byte each)."""
+    template = resolve_template(tokens, choice)
+    text, found = spans(template, tokens, row)
+    texts = [text[span.start : span.end] for span in found]
+    encoded = encode_chat(template, tokens, row, 100_000)
+    assert tokens.decode(encoded.input_ids, clean_up_tokenization_spaces=False) == text
+    labels = [label for label in encoded.labels if label != -100]
+    assert tokens.decode(labels, clean_up_tokenization_spaces=False) == "".join(texts)
+    return texts

@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import random
-import re
 
 import pytest
 from chat_templates import (
-    CHATML,
     DEEPSEEK,
-    LLAMA2,
-    PHI,
-    QWEN3,
     STYLES,
+    TOOLS,
+    call,
     chat,
     style_tokenizer,
     tokenizer,
+    trained,
 )
-from transformers import PreTrainedTokenizerFast
 
 from tunesmith.data.chat import encode_chat, render, resolve_template, spans
 from tunesmith.data.chat_spans import layout
 from tunesmith.data.examples import Chat
-from tunesmith.errors import DataError
-
-TOOLS = ({"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}},)
-
-
-def call(name: str, **arguments: object) -> tuple[dict[str, object], ...]:
-    return ({"type": "function", "function": {"name": name, "arguments": arguments}},)
-
-
-def trained(tokens: PreTrainedTokenizerFast, row: Chat, choice: str | None = None) -> list[str]:
-    """The trained texts, after checking that the labels decode to them (tokens of a byte each)."""
-    template = resolve_template(tokens, choice)
-    text, found = spans(template, tokens, row)
-    texts = [text[span.start : span.end] for span in found]
-    encoded = encode_chat(template, tokens, row, 100_000)
-    assert tokens.decode(encoded.input_ids, clean_up_tokenization_spaces=False) == text
-    labels = [label for label in encoded.labels if label != -100]
-    assert tokens.decode(labels, clean_up_tokenization_spaces=False) == "".join(texts)
-    return texts
 
 
 def expected(name: str, row: Chat) -> list[str]:
@@ -236,64 +214,3 @@ def test_an_empty_answer_is_its_end_marker() -> None:
     assert trained(style_tokenizer("llama3"), row) == ["<|eot_id|>", "<|eot_id|>"]
     assert trained(style_tokenizer("qwen3"), row) == ["<|im_end|>", "<think>\n\n</think>\n\n<|im_end|>"]
     assert trained(style_tokenizer("llama2"), row) == ["  </s>", "  </s>"]
-
-
-def test_merged_turns() -> None:
-    source = """{% for m in messages %}{% if loop.index0 and m.role == messages[loop.index0 - 1].role %}
-{{- '\\n\\n' + m.content }}{% else %}{{ '</s>' if loop.index0 else '' }}{{ '<|' + m.role + '|>' + m.content }}
-{%- endif %}{% endfor %}{{ '</s>' }}{{ '<|assistant|>' if add_generation_prompt else '' }}"""
-    row = chat(("u", "q"), ("u", "q"), ("a", "one"), ("a", "two"), ("u", "q"), ("a", "one"))
-    assert trained(tokenizer(source), row) == ["one", "two</s>", "one</s>"]
-
-
-def test_a_template_that_rewrites_contents() -> None:
-    tokens = tokenizer(CHATML.replace("m.content", "m.content.split() | join(' ')"))
-    row = chat(("u", "q"), ("a", "one  two"), ("u", "q  q"), ("a", "three\nfour"))
-    assert trained(tokens, row) == ["one two<|im_end|>", "three four<|im_end|>"]
-
-
-def test_a_tool_result_written_as_json_keeps_the_answers() -> None:
-    tokens = tokenizer(
-        CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' else m.content | tojson }}")
-    )
-    row = chat(("u", "q"), ("a", "one"), ("t", '{"a": "b\n"}'), ("a", "two"))
-    template = resolve_template(tokens, None)
-    assert trained(tokens, row) == ["one<|im_end|>", "two<|im_end|>"]
-    assert len(layout(template, tokens, row).contents) == 4
-
-
-def test_a_doubtful_row_is_an_error_that_names_it() -> None:
-    twice = tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content.split() | join(' ') }}"))
-    with pytest.raises(DataError, match=re.escape("chats.jsonl:7: cannot tell which part")):
-        spans(resolve_template(twice, None), twice, chat(("u", "q  q", True), ("a", "b")))
-    hides = tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content if m.content != 'b' else '' }}"))
-    with pytest.raises(DataError, match=r"chats.jsonl:7: .* does not render message 2"):
-        spans(resolve_template(hides, None), hides, chat(("u", "q"), ("a", "b")))
-
-
-def test_a_template_that_refuses_the_chat() -> None:
-    tokens = tokenizer(LLAMA2, bos="<s>")
-    with pytest.raises(DataError, match=r"chats.jsonl:7: .* refuses this chat: roles must alternate"):
-        spans(resolve_template(tokens, None), tokens, chat(("u", "q"), ("u", "q"), ("a", "b")))
-
-
-@pytest.mark.parametrize(("row", "what"), [
-    (chat(("u", "q"), ("a", "", None, call("look"))), "tool_calls"),
-    (chat(("u", "q"), ("a", "b"), tools=TOOLS), "tools"),
-])  # fmt: skip
-def test_tools_that_the_template_ignores(row: Chat, what: str) -> None:
-    tokens = tokenizer(PHI)
-    with pytest.raises(DataError, match=f"chats.jsonl:7: .* does not render {what}"):
-        spans(resolve_template(tokens, None), tokens, row)
-
-
-def test_a_remembered_shape_gives_the_same_spans() -> None:
-    tokens = tokenizer(QWEN3, eos="<|im_end|>")
-    used = resolve_template(tokens, None)
-    rows = [
-        chat(("u", "q"), ("a", text), ("u", "q"), ("a", text * 3))
-        for text in ("one", "a\nlonger", "one ", "x")
-    ]
-    for row in rows:
-        assert spans(used, tokens, row) == spans(resolve_template(tokens, None), tokens, row)
-    assert len(used.cache) == 2  # "one " has a shape of its own

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from chat_templates import CHATML, LLAMA2, LLAMA3, STYLES, chat, style_tokenizer, tokenizer
+from chat_templates import CHATML, LLAMA2, LLAMA3, MARKED, STYLES, chat, style_tokenizer, tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from tunesmith.data.chat import EncodedChat, encode_chat, prompt_ids, reference, resolve_template
@@ -73,6 +73,10 @@ def test_offsets_that_leave_white_space_out() -> None:
     tokens = tokenizer(LLAMA2, bos="<s>")
     tokens.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     assert text(tokens, encoded(tokens, chat(("u", "q"), ("a", "b  c"))).labels) == " b  c </s>"
+    tokens = tokenizer(MARKED.replace("'<|im_end|>\\n' }}{% endgen", "'<|im_end|> ' }}{% endgen"))
+    tokens.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    row = chat(("u", "q"), ("a", "b"), ("u", "q"))
+    assert text(tokens, encoded(tokens, row).labels) == "b<|im_end|> "
 
 
 def test_nothing_to_train_is_dropped() -> None:
@@ -162,6 +166,9 @@ def test_then_the_middle_of_the_prompt() -> None:
     assert cut(12) == turns.format("syem", "")
     assert cut(16) == turns.format("", "")
     assert turns.format("", "").endswith(cut(30))
+    row = chat(("s", "system's prompt"), ("u", "ab"), ("a", "new"))
+    length = len(encoded(tokens, row).input_ids) - 1
+    assert cut(3) == turns.format("system' prompt", "")
     row = chat(("u", "ab🙂🙂🙂🙂cd"), ("a", "new"))
     for max_length in range(10, 60):
         assert "\ufffd" not in text(tokens, encoded(tokens, row, max_length).input_ids)
