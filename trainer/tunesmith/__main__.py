@@ -1,0 +1,154 @@
+"""One rank of a run: `python -m tunesmith RECIPE [section.key=value …] [--resume | --overwrite]`, started alone, by
+`tunesmith train`, `accelerate launch` or `torchrun`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+from tunesmith.ending import (
+    PEER_LOST,
+    Ending,
+    Signalled,
+    describe,
+    holds_a_run,
+    last_step,
+    record,
+    run_folder,
+    wait_for_cause,
+)
+from tunesmith.errors import MachineError
+from tunesmith.recipe.load import Loaded, load_recipe
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m tunesmith", description=__doc__)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
+    how.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    return parser.parse_intermixed_args(arguments)
+
+
+class Supervisor:
+    """The rank's line to the `tunesmith train` that started it. It gives this process the terminal's stderr (the
+    launcher between them writes its own elsewhere), says how the rank ended, and its break means that nobody
+    watches any more: the rank then stops as if by SIGTERM."""
+
+    def __init__(self, path: str, rank: int) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.connect(path)
+            self._say({"rank": rank, "pid": os.getpid()})
+            _, (stderr,), _, _ = socket.recv_fds(self._socket, 1, 1)
+        except (OSError, ValueError):
+            raise MachineError("the `tunesmith train` that started this process is gone") from None
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        if not self._socket.recv(1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _say(self, message: object) -> None:
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def report(self, ending: Ending) -> None:
+        with contextlib.suppress(OSError):  # gone: exit.json and the exit code are left
+            self._say(asdict(ending))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one rank; the exit code. A fault of ours is raised on."""
+    given = parse(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    faulthandler.enable()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` has SIGHUP ignored
+            signal.signal(number, _raise_signalled)
+    folder: Path | None = None
+    supervisor: Supervisor | None = None
+    try:
+        if path := os.environ.pop("TUNESMITH_SUPERVISOR", None):
+            supervisor = Supervisor(path, rank)
+        loaded = load_recipe(given.recipe, given.overrides)
+        folder = own_folder(loaded, given, clean=rank == 0 and supervisor is None)
+        train(loaded, given)
+    except BaseException as error:
+        # the ranks' launcher sends SIGTERM to all as soon as one has ended: what is left here takes a moment
+        _on_signals(signal.SIG_IGN)
+        told = describe(error, folder)
+        code, reason = told or (1, "".join(traceback.format_exception_only(error)).strip())
+        speak = finish(code, reason, rank, folder, supervisor)
+        _on_signals(signal.SIG_DFL)
+        if speak and told is None:
+            raise
+        if speak:
+            print(reason, file=sys.stderr, flush=True)
+            if os.environ.get("TUNESMITH_DEBUG") == "1":
+                traceback.print_exception(error)
+        return code
+    finish(0, "done", rank, folder if rank == 0 else None, supervisor)
+    return 0
+
+
+def _on_signals(handler: signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
+def _raise_signalled(number: int, frame: FrameType | None) -> None:
+    raise Signalled(number)
+
+
+def own_folder(loaded: Loaded, given: argparse.Namespace, *, clean: bool) -> Path | None:
+    """The run's folder, cleaned of how an earlier run ended; None where it holds a run that is to be left alone."""
+    folder = run_folder(loaded.recipe, loaded.base)
+    if holds_a_run(folder) and not (given.resume or given.overwrite):
+        return None
+    if clean:
+        (folder / "exit.json").unlink(missing_ok=True)
+    return folder
+
+
+def train(loaded: Loaded, given: argparse.Namespace) -> None:
+    from tunesmith.run import Resume, run
+
+    run(loaded.recipe, loaded.base, Resume(given.resume, given.overwrite))
+
+
+def finish(code: int, reason: str, rank: int, folder: Path | None, supervisor: Supervisor | None) -> bool:
+    """Leaves word of the ending. Whether it is for this rank to tell the user."""
+    ending = Ending(code, reason, rank, None if folder is None else last_step(folder))
+    speak = os.environ.get("LOCAL_RANK", "0") == "0"  # without a folder, all ranks fail alike
+    if folder is not None:
+        if code == PEER_LOST:
+            wait_for_cause(folder)
+        try:
+            before = record(folder, ending)
+        except OSError as error:
+            speak = True
+            print(f"{folder}/exit.json cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        else:
+            speak = before is None or (code != PEER_LOST and before.reason != reason)
+    if supervisor is not None:
+        supervisor.report(ending)
+    return speak
+
+
+if __name__ == "__main__":
+    sys.exit(main())
