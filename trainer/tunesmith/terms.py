@@ -118,14 +118,21 @@ class RowSquaredError(_RowTerm):
 
 @dataclass(frozen=True, slots=True)
 class SpanCrossEntropy(_RowTerm):
-    """Extractive answers: Σ over rows of the mean of −log p(start) and −log p(end) (Devlin et al. 2019).
+    """Extractive answers: Σ over rows of the mean of −log p(start) and −log p(end) (Devlin et al. 2019), p over the
+    row's own positions.
 
-    start_logits, end_logits [rows, positions]; `targets[start]`, `targets[end]` [rows] int64."""
+    start_logits, end_logits, `inputs[attention_mask]` [rows, positions]; `targets[start]`, `targets[end]` [rows]
+    int64."""
 
     def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
+        # with the padding in the softmax, a row's loss would hang on how long its neighbours in the batch are
+        padding = batch.inputs["attention_mask"] == 0
         ends = [
             F.cross_entropy(
-                outputs[f"{end}_logits"].float(), batch.targets[end], ignore_index=IGNORED, reduction="sum"
+                outputs[f"{end}_logits"].float().masked_fill(padding, -torch.inf),
+                batch.targets[end],
+                ignore_index=IGNORED,
+                reduction="sum",
             )
             for end in ("start", "end")
         ]
