@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tunesmith.data.formats import examples
 from tunesmith.errors import DataError
 from tunesmith.recipe.data import Source

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from chat_templates import (
     DEEPSEEK,
     STYLES,
@@ -15,7 +16,6 @@ from chat_templates import (
     tokenizer,
     trained,
 )
-
 from tunesmith.data.chat import encode_chat, render, resolve_template, spans
 from tunesmith.data.chat_spans import layout
 from tunesmith.data.examples import Chat

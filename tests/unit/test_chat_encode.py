@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from chat_templates import CHATML, LLAMA2, LLAMA3, MARKED, STYLES, chat, style_tokenizer, tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from chat_templates import CHATML, LLAMA2, LLAMA3, MARKED, STYLES, chat, style_tokenizer, tokenizer
 from tunesmith.data.chat import EncodedChat, encode_chat, prompt_ids, reference, resolve_template
 from tunesmith.data.encoded import Dropped
 from tunesmith.data.examples import Chat

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from chat_templates import CHATML, LLAMA2, PHI, QWEN3, TOOLS, call, chat, style_tokenizer, tokenizer, trained
 
+from chat_templates import CHATML, LLAMA2, PHI, QWEN3, TOOLS, call, chat, style_tokenizer, tokenizer, trained
 from tunesmith.data.chat import resolve_template, spans
 from tunesmith.data.chat_spans import layout
 from tunesmith.data.examples import Chat

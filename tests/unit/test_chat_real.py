@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from chat_templates import style_tokenizer, tokenizer
 
+from chat_templates import style_tokenizer, tokenizer
 from tunesmith.data.chat import EncodedChat, encode_chat, resolve_template
 from tunesmith.data.examples import Chat
 from tunesmith.data.formats import examples

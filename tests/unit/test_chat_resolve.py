@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from chat_templates import ALPACA, CHATML, chat, tokenizer
 
+from chat_templates import ALPACA, CHATML, chat, tokenizer
 from tunesmith.data.chat import prompt_ids, render, resolve_template, spans
 from tunesmith.errors import UserError
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
+
 from tunesmith import gradients
 from tunesmith.gradients import clip_coefficient, local_square_sum
 

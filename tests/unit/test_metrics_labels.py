@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
+
 from tunesmith.metrics import (
     majority_baseline_accuracy,
     multi_label_metrics,

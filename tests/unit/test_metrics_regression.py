@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 from sklearn import metrics as sklearn_metrics
+
 from tunesmith.metrics import regression_metrics
 
 sk: Any = sklearn_metrics  # annotations guessed from docstrings, and wrong

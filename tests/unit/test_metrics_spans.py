@@ -7,6 +7,7 @@ import math
 import random
 
 import pytest
+
 from tunesmith.errors import UserError
 from tunesmith.metrics import entity_metrics, entity_spans, entity_table
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from tunesmith.metrics import normalize_answer, squad_metrics
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from tunesmith.errors import UserError
 from tunesmith.metrics import (
     bleu,

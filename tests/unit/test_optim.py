@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from tunesmith import optim
 from tunesmith.errors import MissingExtra, UserError
 from tunesmith.recipe import optim as recipe

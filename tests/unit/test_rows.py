@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from tunesmith.data.rows import Row, content_hash, files_of, read_rows
 from tunesmith.errors import DataError, MachineError, Place
 from tunesmith.recipe.data import Source

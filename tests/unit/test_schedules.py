@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.optim import lr_scheduler
+
 from tunesmith.errors import UserError
 from tunesmith.recipe import schedule as recipe
 from tunesmith.schedules import Plateau, multiplier, warmup_steps
