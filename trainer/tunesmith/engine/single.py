@@ -24,7 +24,7 @@ class SingleEngine:
         self.rank = 0
         self.local_rank = 0
         self.world_size = 1
-        self.device = device
+        self.device = torch.device("cpu") if device.type == "cpu" else device  # never "cpu:0"
         self.module: nn.Module
         self.train_module: TrainModule
         self.optimizer: torch.optim.Optimizer
