@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tunesmith.errors import DataError, MachineError, Place
 from tunesmith.tracking.events import Evaluated, Event, RunStarted, StepLogged
@@ -25,7 +26,7 @@ class MetricsFile:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / NAME
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
 
     def on(self, event: Event) -> None:
         match event:
@@ -46,15 +47,17 @@ class MetricsFile:
     def _open(self, step: int) -> None:
         try:
             cut(self.path, step)
-            self._file = self.path.open("a", encoding="utf-8", newline="\n")
+            self._file = FileIO(self.path, "a")  # without a buffer, which a full disk would leave behind
         except OSError as error:
             raise self._unwritable(error) from None
 
     def _write(self, row: Row) -> None:
         assert self._file is not None, "RunStarted comes first"
+        line = json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+        left = memoryview(line.encode())
         try:
-            self._file.write(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n")
-            self._file.flush()
+            while left:  # a disk that fills up takes a part first
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise self._unwritable(error) from None
 

@@ -90,6 +90,7 @@ class WandbRun(DispensableObserver):
         if not offline:
             try:
                 self._run = self._login_and_init(event)
+                say(f"wandb: {self._run.url}")
             except Error as error:
                 say(f"warning: wandb: {first_line(error)}; kept offline, `wandb sync` sends it later")
                 wandb.teardown()  # its service process still holds the id of the run that did not start
