@@ -56,19 +56,15 @@ class Segment:
 
     def draw(self, seed: int, epoch: int) -> Rows:
         """Whole copies of the source first, then the fraction that is left: a different part each epoch, every
-        row once before any twice, because epochs walk through one shuffled circle of the rows."""
+        row once before any twice, because epochs walk round one shuffled circle of the rows."""
         rows = np.arange(self.start, self.stop, dtype=np.int64)
         whole, n = divmod(self.per_epoch(), max(1, len(rows)))
         if n == 0:
             return np.tile(rows, whole)
-        first = epoch * n
-        taken: list[Rows] = []
-        while n > 0:
-            lap, offset = divmod(first, len(rows))
-            part = shuffled(rows, seed, lap, Salt.SOURCE, self.start)[offset : offset + n]
-            taken.append(part)
-            first, n = first + len(part), n - len(part)
-        return np.concatenate([np.tile(rows, whole), *taken])
+        # one circle for all laps: drawn anew for each lap, it would put rows twice into an epoch that ends a lap
+        circle = shuffled(rows, seed, 0, Salt.SOURCE, self.start)
+        part = circle[(epoch * n + np.arange(n)) % len(rows)]
+        return np.concatenate([np.tile(rows, whole), part])
 
 
 @dataclass(frozen=True, slots=True)
