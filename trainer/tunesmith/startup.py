@@ -11,7 +11,7 @@ from tunesmith.engine import Engine
 from tunesmith.errors import MachineError, TrainingStopped, UserError
 from tunesmith.module import Loss
 
-PACKING_TOLERANCE = 1e-4  # relative, fp32: measured below 1e-6 where packing isolates, above 0.3 where it leaks
+PACKING_TOLERANCE = 1e-4  # relative, fp32: measured < 1e-6 where packing isolates, > 0.3 where it leaks
 
 
 def probe(engine: Engine, stream: Stream) -> dict[str, float | int | list[str]]:
