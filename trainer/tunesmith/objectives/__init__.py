@@ -13,15 +13,16 @@ def build_objective(recipe: Recipe, tokenizer: Any) -> Objective:
     """The recipe's objective; the modules of the others are not imported."""
     chosen = recipe.objective
     common = (tokenizer, recipe.data.max_length, recipe.data.truncation)
+    generates = recipe.evaluation.generate is not None
     match chosen:
         case settings.CausalLM():
             from tunesmith.objectives.causal_lm import CausalLMObjective
 
-            return CausalLMObjective(chosen, *common)
+            return CausalLMObjective(chosen, *common, generates=generates)
         case settings.SFT():
             from tunesmith.objectives.sft import SFTObjective
 
-            return SFTObjective(chosen, *common, recipe.model.chat_template)
+            return SFTObjective(chosen, *common, recipe.model.chat_template, generates=generates)
         case settings.MaskedLM():
             from tunesmith.objectives.masked_lm import MaskedLMObjective
 

@@ -41,7 +41,7 @@ class Objective(ABC):
     def __init__(self, tokenizer: Any, max_length: int, truncation: Truncation) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.truncation = truncation
+        self.truncation: Truncation = truncation
 
     # before training
 
@@ -122,7 +122,12 @@ class Objective(ABC):
 
     def stop_token_ids(self) -> list[int]:
         """The tokens that end a generated text."""
-        return [self.tokenizer.eos_token_id]
+        eos = self.tokenizer.eos_token_id
+        return [] if eos is None else [eos]
+
+    def stop_strings(self) -> list[str]:
+        """The texts that end a generated text, where a template ends an answer with ordinary text."""
+        return []
 
     # evaluation
 

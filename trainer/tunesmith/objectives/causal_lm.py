@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -14,7 +16,7 @@ from torch import nn
 from tunesmith.batch import IGNORED, Batch
 from tunesmith.data.encoded import Dropped
 from tunesmith.data.examples import Example, Text
-from tunesmith.data.table import Encoded
+from tunesmith.data.table import Encoded, Table
 from tunesmith.objectives.base import Objective, Truncation, pad, pad_labels, text_inputs
 from tunesmith.recipe.objective import CausalLM
 from tunesmith.terms import TokenCrossEntropy
@@ -22,13 +24,37 @@ from tunesmith.terms import TokenCrossEntropy
 
 class DecoderObjective(Objective):
     """What decoder-only objectives share: rows of `input_ids` and `labels` (equally long, the first label always
-    ignored, for nothing predicts a row's first token), batches of them, packed or not, and perplexity."""
+    ignored, for nothing predicts a row's first token), batches of them, packed or not, and perplexity. Where
+    evaluations generate, a row also has `prompt_ids`, what generation continues, and `references` (a JSON list),
+    what its text is compared with."""
 
     def __init__(
-        self, tokenizer: Any, max_length: int, truncation: Truncation, label_smoothing: float
+        self,
+        tokenizer: Any,
+        max_length: int,
+        truncation: Truncation,
+        label_smoothing: float,
+        *,
+        generates: bool = False,
     ) -> None:
         super().__init__(tokenizer, max_length, truncation)
+        self.generates = generates
         self.terms = (TokenCrossEntropy(shift=True, label_smoothing=label_smoothing),)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint | {"generates": self.generates}
+
+    @abstractmethod
+    def prompt_row(self, example: Example) -> Encoded | Dropped:
+        """An example without its answer: a row of `input_ids` alone, which generation continues."""
+
+    def prompt(self, table: Table, row: int) -> Sequence[int]:
+        return table.value("prompt_ids" if "prompt_ids" in table.kinds else "input_ids", row)
+
+    @staticmethod
+    def _asked(prompt: Sequence[int], reference: str) -> Encoded:
+        return {"prompt_ids": list(prompt), "references": json.dumps([reference], ensure_ascii=False)}
 
     @property
     def auto_class(self) -> Any:
@@ -69,17 +95,27 @@ class DecoderObjective(Objective):
 class CausalLMObjective(DecoderObjective):
     accepts = (Text,)
 
-    def __init__(self, settings: CausalLM, tokenizer: Any, max_length: int, truncation: Truncation) -> None:
-        super().__init__(tokenizer, max_length, truncation, settings.label_smoothing_factor)
+    def __init__(
+        self,
+        settings: CausalLM,
+        tokenizer: Any,
+        max_length: int,
+        truncation: Truncation,
+        *,
+        generates: bool = False,
+    ) -> None:
+        super().__init__(
+            tokenizer, max_length, truncation, settings.label_smoothing_factor, generates=generates
+        )
 
     def encode(self, example: Example) -> Iterator[Encoded | Dropped]:
         """The document and its end marker, in pieces of `max_length`. Each piece begins with the last token of the
-        one before, so that every token but the document's first is predicted exactly once."""
-        assert isinstance(example, Text)
-        if not example.text.strip():
+        one before, so that every token but the document's first is predicted exactly once. Where evaluations
+        generate, they continue the first half of a piece."""
+        ids = self._ids(example)
+        if not ids:
             yield Dropped("empty text")
             return
-        ids: list[int] = self.tokenizer(example.text, verbose=False)["input_ids"]
         eos = self.tokenizer.eos_token_id
         if eos is not None and ids[-1:] != [eos]:
             ids = [*ids, eos]
@@ -92,4 +128,21 @@ class CausalLMObjective(DecoderObjective):
             if len(piece) < 2:
                 yield Dropped("a single token: nothing to predict")
                 return
-            yield {"input_ids": piece, "labels": [IGNORED, *piece[1:]], "truncated": 0}
+            row: Encoded = {"input_ids": piece, "labels": [IGNORED, *piece[1:]], "truncated": 0}
+            if self.generates:
+                half = len(piece) // 2
+                reference = self.tokenizer.decode(piece[half:], skip_special_tokens=True)
+                row |= self._asked(piece[:half], reference)
+            yield row
+
+    def prompt_row(self, example: Example) -> Encoded | Dropped:
+        """The text, to be continued: without an end marker, also where the tokenizer appends one."""
+        ids = self._ids(example)
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and len(ids) > 1 and ids[-1] == eos:
+            ids = ids[:-1]
+        return {"input_ids": ids} if ids else Dropped("empty text")
+
+    def _ids(self, example: Example) -> list[int]:
+        assert isinstance(example, Text)
+        return self.tokenizer(example.text, verbose=False)["input_ids"] if example.text.strip() else []

@@ -4,7 +4,7 @@ loss. A window without the answer points at the first token ([CLS]), as Devlin e
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,7 +41,18 @@ class QuestionAnsweringObjective(Objective):
                 "objective: question_answering needs a fast tokenizer, to know where each token stands"
             )
         self.settings = settings
+        self.unanswerable = False
         self.terms = (SpanCrossEntropy(),)
+
+    def fit(self, examples: Iterable[Example]) -> None:
+        """Learns whether there are questions without an answer: only then is none an answer."""
+        self.unanswerable = any(isinstance(one, Question) and not one.answers for one in examples)
+
+    def state(self) -> dict[str, Any]:
+        return {"unanswerable": self.unanswerable}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.unanswerable = state["unanswerable"]
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -133,14 +144,12 @@ class QuestionAnsweringObjective(Objective):
 
     def answers(self, table: Table, rows: Sequence[int], predictions: Sequence[Any]) -> dict[str, _Best]:
         """The best answer of each question over its windows: the highest start + end logit of a span of at most
-        `max_answer_length` tokens among the `n_best_size` best starts and ends. Where the data has questions
-        without an answer, the empty text wins if the lowest [CLS] score over the windows is higher."""
+        `max_answer_length` tokens among the `n_best_size` best starts and ends. Where the training data has
+        questions without an answer, the empty text wins if the lowest [CLS] score over the windows is higher."""
         best: dict[str, _Best] = {}
         null: dict[str, float] = {}
-        nullable = False
         for row, logits in zip(rows, predictions, strict=True):
             about = json.loads(table.value("meta", row))
-            nullable = nullable or not about["answers"]
             ids = list(table.value("input_ids", row))
             nothing = self._nothing([int(i) for i in ids])
             score = float(logits[0, nothing] + logits[1, nothing])
@@ -150,7 +159,7 @@ class QuestionAnsweringObjective(Objective):
             )
             if about["id"] not in best or found.score > best[about["id"]].score:
                 best[about["id"]] = found
-        if nullable:
+        if self.unanswerable:
             return {
                 name: _Best(null[name], "") if null[name] > item.score else item
                 for name, item in best.items()

@@ -4,6 +4,7 @@ turns and their end markers."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.batch import IGNORED
@@ -26,10 +27,20 @@ class SFTObjective(DecoderObjective):
         max_length: int,
         truncation: Truncation,
         chat_template: str | None,
+        *,
+        generates: bool = False,
     ) -> None:
-        super().__init__(tokenizer, max_length, truncation, settings.label_smoothing_factor)
+        super().__init__(
+            tokenizer, max_length, truncation, settings.label_smoothing_factor, generates=generates
+        )
         self.settings = settings
         self.template = chats.resolve_template(tokenizer, chat_template)
+        # what is exported with the model must render as the training did
+        tokenizer.chat_template = (
+            self.template.source
+            if self.template.tool_source == self.template.source
+            else {"default": self.template.source, "tool_use": self.template.tool_source}
+        )
 
     def notes(self) -> list[str]:
         return [self.template.note] if self.template.note else []
@@ -53,4 +64,29 @@ class SFTObjective(DecoderObjective):
         if all(label == IGNORED for label in labels):
             yield Dropped("no labelled token")
             return
-        yield {"input_ids": ids, "labels": labels, "truncated": int(found.truncated)}
+        row: Encoded = {"input_ids": ids, "labels": labels, "truncated": int(found.truncated)}
+        if self.generates:
+            prompt = chats.prompt_ids(self.template, self.tokenizer, example)
+            row |= self._asked(prompt, chats.reference(example))
+        yield row
+
+    def prompt_row(self, example: Example) -> Encoded | Dropped:
+        """The chat up to the turn that is to be answered: an answer at its end is left out."""
+        assert isinstance(example, Chat)
+        turns = example.messages
+        turns = turns[:-1] if turns[-1:] and turns[-1].role == "assistant" else turns
+        if not any(turn.content.strip() for turn in turns):
+            return Dropped("empty prompt")
+        text = chats.render(
+            self.template, self.tokenizer, replace(example, messages=turns), add_generation_prompt=True
+        )
+        return {"input_ids": self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]}
+
+    def stop_token_ids(self) -> list[int]:
+        return list(self.template.stop_token_ids)
+
+    def stop_strings(self) -> list[str]:
+        """Markers that are ordinary text, and the ordinary text of markers that end with a token."""
+        markers = (self.template.end_marker, self.template.final_marker)
+        texts = [self.template.tokens.sub("", marker).strip() for marker in markers]
+        return list(dict.fromkeys(text for text in texts if text))
