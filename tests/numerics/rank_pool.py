@@ -1,0 +1,101 @@
+"""Two ranks that stay alive: starting a distributed job costs more than ten seconds, a tiny run less than one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tunesmith.recipe import Recipe
+
+SECONDS = 120.0  # for one run
+
+
+@dataclass
+class Ranks:
+    """`run` trains a recipe on all ranks and raises what went wrong on any of them."""
+
+    world_size: int
+    processes: list[BaseProcess]
+    pipes: list[Connection]
+
+    @staticmethod
+    def start(world_size: int) -> Ranks:
+        context = multiprocessing.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(world_size)]
+        processes = [
+            context.Process(target=_serve, args=(rank, world_size, pipe), daemon=True)
+            for rank, (_, pipe) in enumerate(pipes)
+        ]
+        for process in processes:
+            process.start()
+        return Ranks(world_size, list(processes), [own for own, _ in pipes])
+
+    def run(self, recipe: Recipe, base: Path) -> None:
+        port = _free_port()
+        for pipe in self.pipes:
+            pipe.send((recipe, base, port))
+        waiting = list(self.pipes)
+        failures: list[str] = []
+        while waiting:
+            ready = wait(waiting, SECONDS)
+            assert ready, "the ranks hang"
+            for pipe in waiting:
+                if pipe in ready:
+                    assert isinstance(pipe, Connection)
+                    failures += filter(None, [pipe.recv()])
+            waiting = [pipe for pipe in waiting if pipe not in ready]
+        if failures:
+            raise RuntimeError("\n".join(failures))
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(rank: int, world_size: int, pipe: Connection) -> None:
+    """What torchrun sets, then run after run, each with a process group of its own."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "ACCELERATE_USE_CPU": "true",
+        "TUNESMITH_DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from tunesmith.run import Resume, run
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            recipe, base, port = pipe.recv()
+        except EOFError:
+            return
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            run(recipe, base, Resume())
+            pipe.send(None)
+        except BaseException:  # noqa: BLE001 — the test reports it
+            pipe.send(f"rank {rank}:\n{traceback.format_exc()}")
+        # accelerate keeps its state for the life of a process, which elsewhere is one run
+        AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
