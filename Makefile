@@ -25,9 +25,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation --editable '.[dev,quickstart,wandb,bitsandbytes,triton]'
 	touch $@
 
-# Fine-tunes a real pretrained model on the CPU, in minutes, and leaves its run folder in runs/quickstart.
+# Fine-tunes a real pretrained model on the CPU, in minutes; its run folder, runs/quickstart, is replaced.
 quickstart: install
-	$(BIN)/tunesmith train configs/quickstart.yaml
+	$(BIN)/tunesmith train configs/quickstart.yaml --overwrite
 
 lint: install
 	$(BIN)/ruff check .
