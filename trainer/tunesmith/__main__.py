@@ -19,7 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 from tunesmith.ending import (
+    INTERRUPTED,
     PEER_LOST,
+    STOPPED,
     Ending,
     Signalled,
     describe,
@@ -27,10 +29,12 @@ from tunesmith.ending import (
     last_step,
     record,
     run_folder,
-    wait_for_cause,
+    wait_for_word,
 )
 from tunesmith.errors import MachineError
 from tunesmith.recipe.load import Loaded, load_recipe
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -77,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     rank = int(os.environ.get("RANK", "0"))
     faulthandler.enable()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` has SIGHUP ignored
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` has SIGHUP ignored
             signal.signal(number, _raise_signalled)
     folder: Path | None = None
     supervisor: Supervisor | None = None
@@ -107,11 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _on_signals(handler: signal.Handlers) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, handler)
 
 
 def _raise_signalled(number: int, frame: FrameType | None) -> None:
+    """Until the loop takes the signals over, and after it: nothing can be saved."""
+    _on_signals(signal.SIG_IGN)
     raise Signalled(number)
 
 
@@ -136,15 +142,20 @@ def finish(code: int, reason: str, rank: int, folder: Path | None, supervisor: S
     ending = Ending(code, reason, rank, None if folder is None else last_step(folder))
     speak = os.environ.get("LOCAL_RANK", "0") == "0"  # without a folder, all ranks fail alike
     if folder is not None:
+        # who knows more speaks first: the peer that was lost; rank 0, where all have agreed to stop, which may have a
+        # tracker to close, and would be killed if another ended long before it
         if code == PEER_LOST:
-            wait_for_cause(folder)
+            wait_for_word(folder, 3.0)
+        elif rank != 0 and code in {STOPPED, INTERRUPTED}:
+            one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+            wait_for_word(folder, 60.0 if one_machine else 3.0)
         try:
             before = record(folder, ending)
         except OSError as error:
             speak = True
             print(f"{folder}/exit.json cannot be written: {error.strerror}", file=sys.stderr, flush=True)
         else:
-            speak = before is None or (code != PEER_LOST and before.reason != reason)
+            speak = before is None or (ending.is_cause and before.reason != reason)
     if supervisor is not None:
         supervisor.report(ending)
     return speak

@@ -14,7 +14,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.recipe.paths import resolve_paths
 from tunesmith.recipe.root import Recipe
 
-MACHINE_UNFIT, INTERRUPTED, PEER_LOST = 3, 5, 6
+MACHINE_UNFIT, STOPPED, INTERRUPTED, PEER_LOST = 3, 4, 5, 6
 
 # what gloo, NCCL and the store of the ranks say where the other end of a connection is gone or silent
 _LOST_CONNECTION = re.compile(
@@ -33,11 +33,15 @@ class Ending:
     rank: int
     step: int | None
 
+    @property
+    def is_cause(self) -> bool:
+        """Whether something went wrong here. A rank that was stopped (5, 128 + signal) or that lost a peer (6) may
+        only follow another's failure."""
+        return self.code not in {0, INTERRUPTED, PEER_LOST} and self.code < 128
+
     def outranks(self, other: Ending) -> bool:
-        """A failure is the cause of what others report, except for the loss of a peer, which has a cause
-        elsewhere."""
-        weight = {0: 0, PEER_LOST: 1}
-        return weight.get(self.code, 2) > weight.get(other.code, 2)
+        """Whether this explains the end of the run better than `other`; of two alike the first told does."""
+        return (self.is_cause, self.code != 0) > (other.is_cause, other.code != 0)
 
 
 class Signalled(KeyboardInterrupt):
@@ -148,8 +152,8 @@ def read(folder: Path) -> Ending | None:
         return None
 
 
-def wait_for_cause(folder: Path, seconds: float = 3.0) -> None:
-    """A rank that lost a peer lets the peer, if it still can, say first why it ended."""
+def wait_for_word(folder: Path, seconds: float) -> None:
+    """Until a rank has left word of the end, if one does."""
     end = time.monotonic() + seconds
     while read(folder) is None and time.monotonic() < end:
         time.sleep(0.05)

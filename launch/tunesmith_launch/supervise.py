@@ -1,0 +1,254 @@
+"""Watching over the processes of a run: one signal each, the exit code of the cause, and nothing left behind.
+
+Between the supervisor and several ranks stands torchrun's agent (inside `accelerate launch`). It turns every exit
+code into 1 and prints a table of failures; its stderr is kept back, and shown only where no rank explains the end.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tunesmith.ending import (
+    INTERRUPTED,
+    MACHINE_UNFIT,
+    PEER_LOST,
+    STOPPED,
+    Ending,
+    Signalled,
+    describe,
+    last_step,
+    read,
+    record,
+)
+from tunesmith_launch.command import Command
+from tunesmith_launch.lines import Rank, listen
+from tunesmith_launch.processes import Signals, kill_tree
+
+_KILLED = (
+    "the process was killed (SIGKILL), most likely by the system for lack of memory: lower "
+    "training.per_device_train_batch_size or data.max_length; continue with --resume"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Grace:
+    """Seconds until force is used: after a rank failed; after one stopped as all have agreed, while others may still
+    save; after a second Ctrl-C; and after a first force did not help."""
+
+    failure: float = 15.0
+    saving: float = 120.0
+    hurry: float = 2.0
+    force: float = 10.0
+
+
+def supervise(command: Command, folder: Path, grace: Grace | None = None) -> int:
+    """Runs the command to the end of everything that it started; the exit code of the run. `folder` is the run's,
+    where exit.json is left for a rank that could not."""
+    with (
+        tempfile.TemporaryDirectory(prefix="tunesmith-") as place,
+        listen(Path(place)) as listener,
+        tempfile.TemporaryFile() as log,
+        selectors.DefaultSelector() as selector,
+        Signals() as signals,
+    ):
+        child = subprocess.Popen(
+            command.argv,
+            env=command.environment(os.environ) | {"TUNESMITH_SUPERVISOR": listener.getsockname()},
+            stdin=subprocess.DEVNULL,
+            stderr=log if command.has_agent else None,
+            # a group of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once
+            process_group=0,
+        )
+        watch = _Watch(command, folder, grace or Grace(), child, listener, selector, signals)
+        try:
+            watch.run()
+        finally:
+            watch.force()
+        return watch.conclude(log)
+
+
+class _Watch:
+    """The state of one supervision."""
+
+    def __init__(
+        self,
+        command: Command,
+        folder: Path,
+        grace: Grace,
+        child: subprocess.Popen[bytes],
+        listener: socket.socket,
+        selector: selectors.BaseSelector,
+        signals: Signals,
+    ) -> None:
+        self.command, self.folder, self.grace, self.child = command, folder, grace, child
+        self.listener, self.selector, self.signals = listener, selector, signals
+        self.ranks: list[Rank] = []  # whose line is open
+        self.endings: list[Ending] = []  # in the order in which they were told
+        self.stop: int | None = None  # the signal that was passed on
+        self.orphaned = False  # the child has ended before its ranks
+        self.forces = 0
+        self.deadline: float | None = None  # of the next force
+        selector.register(listener, selectors.EVENT_READ, self._accept)
+        selector.register(signals.wakeup, selectors.EVENT_READ, self._heed)
+
+    def run(self) -> None:
+        """Until the child and all its ranks have ended."""
+        while True:
+            ended = self.child.poll() is not None
+            while ended and self._turn(0):  # what ranks said before that
+                pass
+            if (ended and not self.ranks) or self.forces > 1:
+                return
+            if ended and not self.orphaned:
+                self._orphans()
+            self._turn(None if self.deadline is None else max(0.0, self.deadline - time.monotonic()))
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                self.force()
+
+    def _turn(self, timeout: float | None) -> bool:
+        ready = self.selector.select(timeout)
+        for key, _ in ready:
+            key.data()
+        return bool(ready)
+
+    def _expect_end(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self.deadline = end if self.deadline is None else min(end, self.deadline)
+
+    # the ranks
+
+    def _accept(self) -> None:
+        rank = Rank(self.listener.accept()[0])
+        self.ranks.append(rank)
+        self.selector.register(rank.line, selectors.EVENT_READ, lambda: self._hear(rank))
+
+    def _hear(self, rank: Rank) -> None:
+        for event in rank.hear():
+            match event:
+                case "called":
+                    if self.stop is not None and self.command.has_agent:
+                        rank.send(self.stop)  # it came late
+                case "ended":
+                    assert rank.ending is not None
+                    self.endings.append(rank.ending)
+                    if rank.ending.code:
+                        agreed = rank.ending.code in {STOPPED, INTERRUPTED}
+                        self._expect_end(self.grace.saving if agreed else self.grace.failure)
+                case "gone":
+                    self.selector.unregister(rank.line)
+                    rank.line.close()
+                    self.ranks.remove(rank)
+                    if rank.ending is None and rank.pid and self.command.has_agent:
+                        self._lost(rank)
+
+    def _lost(self, rank: Rank) -> None:
+        self._expect_end(self.grace.failure)
+        if self.stop is None and not self.forces:
+            reason = (
+                f"rank {rank.number} (process {rank.pid}) is gone: killed, perhaps by the system for lack of memory, "
+                "or crashed; continue with --resume"
+            )
+            self._tell(PEER_LOST, reason, rank.number)
+
+    def _tell(self, code: int, reason: str, rank: int = 0) -> int:
+        """Says and records for a rank what it could not, unless another has told the cause; `code`."""
+        ending = Ending(code, reason, rank, last_step(self.folder))
+        if all(ending.outranks(told) for told in self.endings):
+            print(reason, file=sys.stderr, flush=True)
+            try:
+                record(self.folder, ending)
+            except OSError as error:
+                print(
+                    f"{self.folder}/exit.json cannot be written: {error.strerror}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        self.endings.append(ending)
+        return code
+
+    # signals
+
+    def _heed(self) -> None:
+        for number in self.signals.read():
+            if number == signal.SIGCHLD:
+                continue  # only there to end the waiting
+            if self.stop is None:
+                self.stop = signal.SIGTERM if number == signal.SIGHUP else number
+                for rank in self.ranks:
+                    rank.send(self.stop)
+                if not any(rank.pid for rank in self.ranks) and self.child.poll() is None:
+                    self.child.terminate()  # it is still starting, or waits for other machines
+            elif number == signal.SIGINT:
+                if self.deadline is not None and self.deadline <= time.monotonic() + self.grace.hurry:
+                    self.force()  # the third
+                for rank in self.ranks:
+                    rank.send(signal.SIGINT)
+                self._expect_end(self.grace.hurry)
+
+    def _orphans(self) -> None:
+        self.orphaned = True
+        for rank in self.ranks:
+            if self.command.has_agent and rank.ending is None:
+                rank.send(signal.SIGTERM)
+            else:  # what holds the line is a helper that the rank left behind
+                rank.kill()
+        self._expect_end(self.grace.failure)
+
+    def force(self) -> None:
+        """SIGKILL for whatever is left."""
+        left = self.child.poll() is None
+        for rank in self.ranks:
+            left = True
+            rank.kill()
+        if self.child.returncode is None:
+            kill_tree(self.child.pid)
+            try:
+                self.child.wait(self.grace.force)
+            except subprocess.TimeoutExpired:
+                print(f"process {self.child.pid} cannot be ended", file=sys.stderr, flush=True)
+        self.forces += left
+        self.deadline = time.monotonic() + self.grace.force
+        if left and sys.stderr.isatty():
+            sys.stderr.write("\x1b[?25h")  # a progress bar had hidden the cursor
+
+    # the end
+
+    def conclude(self, log: IO[bytes]) -> int:
+        """The exit code of the run, with a line on stderr where no rank could say why."""
+        status = self.child.returncode
+        cause = next((e for e in self.endings if not any(o.outranks(e) for o in self.endings)), None)
+        elsewhere = read(self.folder)  # on another machine, or by a rank whose line broke
+        if status and elsewhere is not None and (cause is None or elsewhere.outranks(cause)):
+            print(elsewhere.reason, file=sys.stderr, flush=True)
+            cause = elsewhere
+        explained = True
+        if cause is not None and cause.code:
+            code = cause.code
+        elif status == 0:
+            code = 0
+        elif self.stop is not None:
+            told = describe(Signalled(self.stop), self.folder)
+            assert told is not None
+            code = self._tell(*told)
+        elif status == -signal.SIGKILL:
+            code = self._tell(MACHINE_UNFIT, _KILLED)
+        elif status is not None and status < 0:
+            code = self._tell(1, f"the process was ended by {signal.Signals(-status).name}")
+        else:
+            explained = False
+            code = 1 if self.command.has_agent or status is None else status
+        if not explained or os.environ.get("TUNESMITH_DEBUG") == "1":
+            log.seek(0)
+            sys.stderr.write(log.read().decode(errors="replace"))
+            sys.stderr.flush()
+        return code

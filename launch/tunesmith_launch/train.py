@@ -1,0 +1,43 @@
+"""`tunesmith train`: check what can be checked at once, then start the ranks and watch them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunesmith.ending import holds_a_run, run_folder
+from tunesmith.errors import UserError
+from tunesmith.recipe.load import load_recipe
+from tunesmith_launch import cluster, command
+from tunesmith_launch.supervise import supervise
+
+
+def train(
+    recipe: Path,
+    overrides: Sequence[str],
+    options: cluster.Options,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """The exit code of the run (docs/run-folder.md). Raises UserError before anything is started."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    loaded = load_recipe(recipe, overrides)
+    folder = run_folder(loaded.recipe, loaded.base)
+    if holds_a_run(folder) and not (resume or overwrite or dry_run):
+        raise UserError(
+            f"{folder} holds a run: continue it with --resume, replace it with --overwrite, or set run_name"
+        )
+    found = cluster.resolve(options, loaded, os.environ)
+    how = [flag for flag, given in (("--resume", resume), ("--overwrite", overwrite)) if given]
+    started = command.build([str(recipe), *overrides, *how], found, os.environ, sys.executable)
+    if dry_run:
+        print(started.render())
+        return 0
+    if found.machine_rank == 0:
+        (folder / "exit.json").unlink(missing_ok=True)
+    return supervise(started, folder)
