@@ -48,7 +48,11 @@ def recipe(precision: Precision, cache: str, group_by_length: bool = True) -> Re
             },
             "objective": {"type": "classification"},
             "optim": {"learning_rate": LEARNING_RATE, "weight_decay": 0.01},
-            "training": {"global_batch_size": ROWS, "per_device_train_batch_size": ROWS, "precision": precision},
+            "training": {
+                "global_batch_size": ROWS,
+                "per_device_train_batch_size": ROWS,
+                "precision": precision,
+            },
             "run_name": "bench",
         }
     )
@@ -143,7 +147,9 @@ def _timed(step: Callable[[int], None], first: int, steps: int) -> list[float]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--steps", type=int, default=8)
     options.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
@@ -154,7 +160,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         for precision in given.precision:
             bench = Bench(precision, cache)
-            contestants = {"tunesmith": bench.ours, "plain loop": bench.loop, "transformers.Trainer": bench.trainer}
+            contestants = {
+                "tunesmith": bench.ours,
+                "plain loop": bench.loop,
+                "transformers.Trainer": bench.trainer,
+            }
             for run in contestants.values():
                 run(0, 2)  # first steps allocate
             medians: dict[str, list[float]] = {name: [] for name in contestants}

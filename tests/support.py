@@ -31,7 +31,9 @@ TINY = {
 
 def write_documents(path: Path, rows: int = 60) -> Path:
     """Documents of 3 to 22 words, a pure function of their number."""
-    lines = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(3 + (i * 5) % 20)) for i in range(rows)]
+    lines = [
+        " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(3 + (i * 5) % 20)) for i in range(rows)
+    ]
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
     return path
 
@@ -55,7 +57,11 @@ def tiny_recipe(folder: Path, **sections: Any) -> Recipe:
     """A causal LM on `write_documents`: 10 steps of 8 rows, a checkpoint every 5. Sections are merged in."""
     folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {
-        "model": {"init": "from_config", "config": TINY, "tokenizer": str(word_tokenizer(folder / "tokenizer"))},
+        "model": {
+            "init": "from_config",
+            "config": TINY,
+            "tokenizer": str(word_tokenizer(folder / "tokenizer")),
+        },
         "data": {
             "train": [{"path": str(write_documents(folder / "train.jsonl")), "format": "text"}],
             "max_length": 24,
@@ -74,7 +80,9 @@ def tiny_recipe(folder: Path, **sections: Any) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def launch(recipe: Recipe, *options: str, processes: int = 1, driver: str = "") -> subprocess.CompletedProcess[str]:
+def launch(
+    recipe: Recipe, *options: str, processes: int = 1, driver: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Runs the recipe in real processes: `python -m tunesmith`, or torchrun. `driver` is Python that runs first, in
     every process: the faults of a test."""
     path = Path(recipe.output_dir).parent / f"{recipe.run_name}.yaml"
@@ -83,14 +91,25 @@ def launch(recipe: Recipe, *options: str, processes: int = 1, driver: str = "") 
     if driver:
         start = path.with_suffix(".driver.py")
         text = f"import sys\nsys.argv = {['tunesmith', str(path), *options]!r}\n{driver}\n"
-        start.write_text(text + "import runpy\nrunpy.run_module('tunesmith', run_name='__main__')\n", encoding="utf-8")
+        start.write_text(
+            text + "import runpy\nrunpy.run_module('tunesmith', run_name='__main__')\n", encoding="utf-8"
+        )
         arguments = [str(start)]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         arguments = [*torchrun, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TUNESMITH_DEVICE": "cpu"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "TUNESMITH_DEVICE": "cpu",
+    }
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300, check=False
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
     )
 
 

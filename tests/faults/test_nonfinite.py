@@ -30,9 +30,14 @@ def poisoned_recipe(folder: Path) -> Recipe:
     lines = train.read_text(encoding="utf-8").splitlines()
     lines[BAD_LINE - 1] = json.dumps({"text": "w1 poison w2"})
     train.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    model_section = {"init": "pretrained", "model_name_or_path": str(folder / "model"), "tokenizer": str(tokenizer)}
+    model_section = {
+        "init": "pretrained",
+        "model_name_or_path": str(folder / "model"),
+        "tokenizer": str(tokenizer),
+    }
     return Recipe.model_validate(
-        recipe.model_dump(exclude={"model", "evaluation"}) | {"model": model_section, "checkpoint": {"save_steps": 3}}
+        recipe.model_dump(exclude={"model", "evaluation"})
+        | {"model": model_section, "checkpoint": {"save_steps": 3}}
     )
 
 
@@ -59,4 +64,7 @@ def test_weights_and_checkpoint_are_untouched(tmp_path: Path) -> None:
     for name, value in saved.items():
         clean = value[:51] if "embed_tokens" in name else value
         assert torch.isfinite(clean).all(), name
-    assert sorted(path.name for path in run_dir(recipe).glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert sorted(path.name for path in run_dir(recipe).glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-6",
+    ]

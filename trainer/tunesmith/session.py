@@ -14,8 +14,8 @@ from tunesmith.generation import evaluate_generation
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
 from tunesmith.signals import StopRequest
-from tunesmith.tracking.tracker import Tracker
 from tunesmith.tracking.events import Event, Saved
+from tunesmith.tracking.tracker import Tracker
 
 
 @dataclass(slots=True)

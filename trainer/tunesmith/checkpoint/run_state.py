@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tunesmith.checkpoint.state import Progress
 from tunesmith.checkpoint.publication import publish
+from tunesmith.checkpoint.state import Progress
 from tunesmith.checkpoint.store import Checkpoint, Pruned
 from tunesmith.checkpoint.tensors import load_state, save_state
 from tunesmith.engine import Engine

@@ -93,10 +93,8 @@ class Stream:
     def batches(self, step: int, rank: int, world_size: int, *, prefetch: bool) -> list[Batch]:
         """This rank's batches of a step. With `prefetch` the next step's are made in a thread meanwhile."""
         key = (step, rank, world_size)
-        if self._ahead is not None and self._ahead[0] == key:
-            made = self._ahead[1].result()
-        else:
-            made = self._make(*key)
+        ahead = self._ahead
+        made = ahead[1].result() if ahead is not None and ahead[0] == key else self._make(*key)
         if prefetch:
             following = (step + 1, rank, world_size)
             self._ahead = (following, self._pool.submit(self._make, *following))

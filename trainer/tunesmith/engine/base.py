@@ -57,11 +57,11 @@ class Engine(Protocol):
         """The sum over ranks, on the device."""
         ...
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, obj: Any) -> list[Any]:
         """Every rank's picklable value, in the order of ranks, on every rank."""
         ...
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, obj: Any) -> Any:
         """Rank 0's picklable value."""
         ...
 

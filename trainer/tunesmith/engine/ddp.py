@@ -59,13 +59,13 @@ class DDPEngine(SingleEngine):
         dist.all_reduce(values)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, obj: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, obj)
         return values
 
-    def broadcast(self, value: Any) -> Any:
-        values = [value]
+    def broadcast(self, obj: Any) -> Any:
+        values = [obj]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 

@@ -62,11 +62,11 @@ class SingleEngine:
     def sum(self, values: Tensor) -> Tensor:
         return values.to(self.device)
 
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
+    def gather(self, obj: Any) -> list[Any]:
+        return [obj]
 
-    def broadcast(self, value: Any) -> Any:
-        return value
+    def broadcast(self, obj: Any) -> Any:
+        return obj
 
     def barrier(self) -> None:
         pass
