@@ -9,6 +9,7 @@ from tunesmith.checkpoint.run_state import RunState
 from tunesmith.checkpoint.state import Progress
 from tunesmith.data.prepare import Dataset
 from tunesmith.engine import Engine
+from tunesmith.errors import UserError
 from tunesmith.evaluator import Evaluation, evaluate
 from tunesmith.generation import evaluate_generation
 from tunesmith.objectives import Objective
@@ -47,11 +48,18 @@ class Session:
                     self.engine, self.objective, dataset, settings.generate, per_device, count
                 )
             found = Evaluation(found.loss, found.metrics | scores.metrics, found.tables | scores.tables)
+        known = ", ".join(found.metrics)
+        asked = [(f"evaluation.metrics: {name}", name) for name in settings.metrics or ()]
+        if settings.metric_for_best is not None:
+            name = settings.metric_for_best.removeprefix("eval_")
+            asked.append((f"evaluation.metric_for_best: {name}", name))
+        for key, name in asked:
+            if name not in found.metrics:
+                raise UserError(f"{key} is not among this objective's metrics: {known}")
         if settings.metrics is not None:
             kept = {"loss", *settings.metrics}
-            found = Evaluation(
-                found.loss, {n: v for n, v in found.metrics.items() if n in kept}, found.tables
-            )
+            chosen = {name: value for name, value in found.metrics.items() if name in kept}
+            found = Evaluation(found.loss, chosen, found.tables)
         return found
 
     def save(self, progress: Progress, *, best: bool) -> None:
