@@ -1,0 +1,167 @@
+"""The commands that look at a recipe before it runs, or at a run that is done."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tunesmith.errors import UserError
+
+RunDir = Annotated[
+    Path,
+    typer.Argument(metavar="RUN_DIR", show_default=False, help="The run's folder, which holds recipe.yaml."),
+]
+Checkpoint = Annotated[
+    int | None, typer.Option(min=0, help="The step of a checkpoint; default: the weights of final/.")
+]
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", show_default=False, help="The recipe's YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", show_default=False, help="Settings laid over the recipe's."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    for command in (check, preview, evaluate, predict, export):
+        app.command()(command)
+
+
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Find what would go wrong: recipe, data, memory, disk, time.
+
+    Exit code 0: nothing; 2: the recipe or the data; 3: the machine.
+
+    \b
+    Example: tunesmith check recipe.yaml training.global_batch_size=64
+    """
+    from tunesmith.commands.check import check
+    from tunesmith.commands.findings import Finding, exit_code
+    from tunesmith.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    found: list[Finding] = []
+    for finding in check(loaded.recipe, loaded.base):
+        found.append(finding)
+        print(finding, flush=True)
+    levels = [finding.level for finding in found]
+    errors, warnings = levels.count("error"), levels.count("warning")
+    print(f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}")
+    raise typer.Exit(exit_code(found))
+
+
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many samples.")] = 4,
+    split: Annotated[Literal["train", "eval", "test"], typer.Option(help="Which rows.")] = "train",
+) -> None:
+    """Show samples as the model sees them, with what is trained in them.
+
+    \b
+    Example: tunesmith preview recipe.yaml --rows 2 --split eval
+    """
+    from rich.console import Console
+
+    from tunesmith.commands.preview import preview, show
+    from tunesmith.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    show(preview(loaded.recipe, loaded.base, split, rows), Console(highlight=False))
+
+
+def evaluate(
+    run_dir: RunDir,
+    split: Annotated[
+        Literal["eval", "test"] | None, typer.Option(help="Rows of the recipe; default: eval, else test.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Other rows, of the same format; repeatable.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Measure a finished run on eval, test or other rows.
+
+    \b
+    Example: tunesmith evaluate runs/quickstart --split test
+    """
+    from tunesmith.commands.evaluate import evaluate_run
+    from tunesmith.commands.finished import open_run
+    from tunesmith.tracking.progress import end_table
+
+    run = open_run(run_dir, checkpoint)
+    found = evaluate_run(run, split, data or [])
+    end_table(found.table(), f"{run.weights} on {found.on}: {found.rows:,} rows")
+    for reason, count in found.dropped.items():
+        print(f"{count:,} dropped: {reason}")
+    if found.truncated:
+        print(f"{found.truncated:,} truncated to max_length {run.recipe.data.max_length}")
+    print(f"written to {found.path}")
+
+
+def predict(
+    run_dir: RunDir,
+    input: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows of the recipe's format, or plain lines.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Where to; default: standard output.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text in place of a file; repeatable.")] = None,
+    checkpoint: Checkpoint = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a generated text.")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = None,
+) -> None:
+    """Write a finished run's answers, a JSON object per row.
+
+    \b
+    Example: tunesmith predict runs/quickstart --text "Return a random element."
+    """
+    import json
+
+    from tunesmith.commands.finished import open_run
+    from tunesmith.commands.predict import generation_settings, predict_file, predict_texts
+
+    if (input is None) == (not text):
+        raise UserError("predict: give the rows with --input FILE or with --text, one of the two")
+    if text and output is not None:
+        raise UserError("--output goes with --input; the answers to --text are printed")
+    run = open_run(run_dir, checkpoint)
+    settings = generation_settings(run, max_new_tokens, num_beams)
+    if text:
+        for answer in predict_texts(run, text, settings):
+            print(json.dumps(answer, ensure_ascii=False))
+        return
+    assert input is not None
+    counts = predict_file(run, input, settings, output or sys.stdout)
+    said = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count or name == "rows")
+    print(said + ("" if output is None else f", written to {output}"), file=sys.stderr)
+
+
+def export(
+    run_dir: RunDir,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", show_default=False, help="A new folder.")],
+    checkpoint: Checkpoint = None,
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the weights.")] = "fp32",
+    max_shard_size: Annotated[str, typer.Option(help="The most that a file of weights holds.")] = "5GB",
+) -> None:
+    """Write a finished run as a Hugging Face folder, and verify it.
+
+    \b
+    Example: tunesmith export runs/quickstart my-model --dtype bf16
+    """
+    from tunesmith.commands.export import export
+    from tunesmith.commands.finished import open_run
+    from tunesmith.tracking.text import size
+
+    found = export(open_run(run_dir, checkpoint), target, dtype, max_shard_size)
+    print(
+        f"{found.target}: {found.parameters:,} parameters, {size(found.bytes)}. Loaded again, its weights are those "
+        f"of the run in {dtype}; outputs differ from the trained fp32 model's by at most {found.difference:.3g} "
+        f"(the largest output is {found.scale:.3g})"
+    )

@@ -1,0 +1,1 @@
+"""What looks at a recipe before it runs, or at a run that is done."""

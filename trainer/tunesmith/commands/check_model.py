@@ -1,0 +1,285 @@
+"""What `tunesmith check` finds when it builds the model and computes with it: memory, time, disk, metrics."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith import optim
+from tunesmith.batch import Batch
+from tunesmith.commands.findings import Finding, attempt, error, fine, from_exception, warning
+from tunesmith.data.prepare import Dataset
+from tunesmith.data.stream import Stream
+from tunesmith.engine import Engine
+from tunesmith.errors import TunesmithError
+from tunesmith.evaluator import predict_rows
+from tunesmith.generation import evaluate_generation
+from tunesmith.loss_scale import LossScale
+from tunesmith.memory import free_memory_bytes, peak_memory_bytes
+from tunesmith.model import Loaded, load_model
+from tunesmith.module import TrainModule
+from tunesmith.objectives import Objective
+from tunesmith.precision import choose
+from tunesmith.recipe import Recipe
+from tunesmith.recipe.advice import close
+from tunesmith.run import best_metric, build_stream, count_steps
+from tunesmith.startup import check_packing, probe
+from tunesmith.step import train_step
+from tunesmith.tracking.text import duration, size
+from tunesmith.trainable import apply_trainable
+
+_TIMED_STEPS = 3
+_TRIED_ROWS = 8
+_STATE_BYTES = {
+    "adamw": 8,
+    "adam": 8,
+    "sgd": 4,
+    "rmsprop": 8,
+    "adagrad": 4,
+    "adafactor": 0,
+    "adamw_8bit": 2,
+    "lion_8bit": 1,
+}  # of the optimizer, at most, per trained parameter
+
+
+def model_findings(
+    recipe: Recipe,
+    base: Path,
+    run_dir: Path,
+    engine: Engine,
+    objective: Objective,
+    tokenizer: Any,
+    datasets: Mapping[str, Dataset],
+) -> Iterator[Finding]:
+    """Stops at the first error that leaves nothing to compute."""
+    seed = recipe.training.seed
+    loaded = attempt("model", lambda: load_model(recipe.model, base, objective, tokenizer, seed))
+    if isinstance(loaded, Finding):
+        yield loaded
+        return
+    yield from _about(loaded, tokenizer)
+    frozen = attempt("trainable", lambda: apply_trainable(loaded.model, recipe.trainable))
+    if isinstance(frozen, Finding):
+        yield frozen
+        return
+    if recipe.trainable.freeze:
+        yield fine("trainable", f"{frozen['trainable_parameters']:,} parameters are trained")
+    found = [*_positions(loaded.model, datasets), *_predicted_memory(recipe, loaded.model, engine)]
+    yield from found
+    if any(one.level == "error" for one in found):
+        return
+    prepared = attempt("optim", lambda: _prepare(recipe, engine, loaded, objective))
+    if isinstance(prepared, Finding):
+        yield prepared
+        return
+    stream = attempt("data", lambda: build_stream(recipe, datasets["train"], objective))
+    if isinstance(stream, Finding):
+        yield stream
+        return
+    yield from _computed(recipe, run_dir, engine, stream, "eval" in datasets)
+    if "eval" in datasets:
+        yield from _metrics(recipe, engine, objective, datasets["eval"])
+
+
+def _about(loaded: Loaded, tokenizer: Any) -> Iterator[Finding]:
+    facts, embeddings = loaded.facts, loaded.model.get_input_embeddings()
+    yield fine(
+        "model", f"{facts['model_class']}, {facts['parameters']:,} parameters, {facts['attn_implementation']}"
+    )
+    if embeddings is not None:
+        yield fine("model", f"{embeddings.num_embeddings:,} embeddings for {len(tokenizer):,} tokens")
+    for note in loaded.notes:
+        yield fine("model", note)
+
+
+def _positions(model: Any, datasets: Mapping[str, Dataset]) -> Iterator[Finding]:
+    """The longest row against the positions that the model has."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = max(int(dataset.table.lengths().max()) for dataset in datasets.values())
+    if positions is None:
+        return
+    rotary = bool(getattr(config, "rope_parameters", None))
+    if not rotary:
+        # where padding has a position of its own (RoBERTa), positions begin behind it
+        tables = [
+            module
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        ]
+        positions -= sum((table.padding_idx or -1) + 1 for table in tables[:1])
+    text = f"the longest row has {longest:,} tokens, the model {positions:,} positions"
+    fix = f"set data.max_length: {positions}"
+    if longest <= positions:
+        yield fine("model", text)
+    elif rotary:
+        yield warning("model", f"{text}; beyond these it was not trained", fix)
+    else:
+        yield error("model", text, fix)
+
+
+def _predicted_memory(recipe: Recipe, model: nn.Module, engine: Engine) -> Iterator[Finding]:
+    """Gradients and optimizer state, and on an accelerator the weights: what is needed before any activation."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    needed = trained * (4 + _STATE_BYTES[recipe.optim.name])
+    if engine.device.type != "cpu":
+        needed += sum(p.nbytes for p in model.parameters())
+    free = free_memory_bytes(engine.device)
+    if needed > free:
+        text = f"gradients and optimizer state need {size(needed)}, {size(free)} are free on {engine.device}"
+        yield error("memory", text, "take a smaller model, or freeze a part of it", 3)
+
+
+def _prepare(recipe: Recipe, engine: Engine, loaded: Loaded, objective: Objective) -> None:
+    precision, _ = choose(recipe.training.precision, engine.device)
+    module = TrainModule(loaded.model, objective, precision)
+    engine.prepare(module, lambda m: optim.build(recipe.optim, optim.parameter_groups(m, recipe.optim)))
+
+
+def _computed(
+    recipe: Recipe, run_dir: Path, engine: Engine, stream: Stream, has_eval: bool
+) -> Iterator[Finding]:
+    """Forward, backward and an update (with a learning rate of 0) are run on the longest batch, then on a few others,
+    which gives the time."""
+    started = time.perf_counter()
+    facts = attempt("memory", lambda: probe(engine, stream))
+    if isinstance(facts, Finding):
+        yield facts
+        return
+    seconds = time.perf_counter() - started
+    rows = min(stream.per_device, len(stream.dataset))
+    shape = f"{rows} × {facts['longest_row_tokens']} tokens"
+    # after it the optimizer has its state, too
+    _step(recipe, engine, stream, stream.batch([[int(stream.dataset.table.lengths().argmax())]] * rows, 0, 0))
+    peak = size(peak_memory_bytes(engine.device))
+    yield fine("memory", f"the longest batch ({shape}) ran, {duration(seconds)}, peak {peak} in this process")
+    if unused := facts["unused_parameters"]:
+        assert isinstance(unused, list)
+        few = ", ".join(unused[:3])
+        yield warning("model", f"the loss does not use {len(unused)} parameters ({few})", "freeze them")
+    if recipe.data.packing:
+        packed = attempt("packing", lambda: check_packing(stream, engine))
+        yield (
+            packed
+            if isinstance(packed, Finding)
+            else fine("packing", f"packed rows do not see each other (the loss differs by {packed:.0e})")
+        )
+    steps = count_steps(recipe, stream)
+    total = _mean_step_seconds(recipe, engine, stream) * steps
+    yield fine(
+        "time",
+        f"roughly {duration(total)} for {steps:,} steps on {engine.device} in one process, without evaluations and "
+        "saves (extrapolated from a few batches)",
+    )
+    saves = _saves(recipe, steps, stream.steps_per_epoch, has_eval)
+    yield _disk(recipe, run_dir, engine, saves, keeps_best=has_eval and recipe.checkpoint.final == "best")
+
+
+def _step(recipe: Recipe, engine: Engine, stream: Stream, batch: Batch) -> float:
+    """Seconds of one micro-batch with an update that changes nothing."""
+    started = time.perf_counter()
+    result = train_step(
+        engine,
+        [batch],
+        stream.objective.terms,
+        step=0,
+        seed=recipe.training.seed,
+        learning_rate=0.0,
+        max_grad_norm=recipe.optim.max_grad_norm,
+        scale=LossScale(engine.train_module.precision == "fp16", engine.device),
+        broken=torch.zeros((), device=engine.device),
+        stop=False,
+    )
+    float(result.norm)  # waits for the device
+    return time.perf_counter() - started
+
+
+def _mean_step_seconds(recipe: Recipe, engine: Engine, stream: Stream) -> float:
+    """Of a step's middle micro-batch, times its micro-batches, over steps spread through the first epoch."""
+    last = stream.steps_per_epoch - 1
+    steps = sorted({last * i // max(1, _TIMED_STEPS - 1) for i in range(_TIMED_STEPS)})
+    seconds: list[float] = []
+    engine.module.train()
+    for step in steps:
+        cells = stream.cells(step, 1)
+        (cell,) = cells[len(cells) // 2]
+        seconds.append(_step(recipe, engine, stream, stream.batch(cell, 0, 0)) * len(cells))
+    return sum(seconds) / len(seconds)
+
+
+def _saves(recipe: Recipe, steps: int, steps_per_epoch: int, has_eval: bool) -> int:
+    """At most: what `save_steps` asks for, the last step, and each evaluation that could be the best."""
+
+    def times(every: int | str | None) -> int:
+        return 0 if every is None else steps // (steps_per_epoch if every == "epoch" else int(every))
+
+    best = has_eval and recipe.checkpoint.final == "best"
+    return times(recipe.checkpoint.save_steps) + 1 + (times(recipe.evaluation.eval_steps) if best else 0)
+
+
+def _disk(recipe: Recipe, run_dir: Path, engine: Engine, saves: int, *, keeps_best: bool) -> Finding:
+    """The most that lies on the disk at once: the kept checkpoints, the best one, the one that is being written, and
+    final/."""
+    weights = sum(value.nbytes for value in engine.train_module.model.state_dict().values())
+    state = _tensor_bytes(engine.optimizer_state())
+    kept = min(saves, (recipe.checkpoint.save_total_limit or saves) + 1 + keeps_best)
+    needed = kept * (weights + state) + weights
+    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    text = (
+        f"up to {size(needed)} ({kept} checkpoints of {size(weights + state)}, and final/), {size(free)} free"
+    )
+    fix = "lower checkpoint.save_total_limit, make room, or set output_dir"
+    return fine("disk", text) if needed < free else error("disk", text, fix, 3)
+
+
+def _tensor_bytes(state: Any) -> int:
+    match state:
+        case torch.Tensor():
+            return state.nbytes
+        case Mapping():
+            return sum(_tensor_bytes(value) for value in state.values())
+        case list() | tuple():
+            return sum(_tensor_bytes(value) for value in state)
+        case _:
+            return 0
+
+
+def _metrics(recipe: Recipe, engine: Engine, objective: Objective, dataset: Dataset) -> Iterator[Finding]:
+    """A few rows are evaluated, to know that it works and which metrics there are."""
+    try:
+        names = _tried(recipe, engine, objective, dataset)
+        best, greater = best_metric(recipe, objective)
+    except TunesmithError as caught:
+        yield from_exception("evaluation", caught)
+        return
+    settings = recipe.evaluation
+    asked = dict.fromkeys(settings.metrics or (), "evaluation.metrics")
+    for name, key in {**asked, best: "evaluation.metric_for_best"}.items():
+        if name not in names:
+            guess = close(name, names)
+            fix = f"did you mean {guess}?" if guess else "use one of these"
+            yield error("evaluation", f"{key}: {name} is not measured; there are {', '.join(names)}", fix)
+    order = "the greatest" if greater else "the least"
+    yield fine("evaluation", f"measures {', '.join(names)}; the best has {order} {best}")
+
+
+def _tried(recipe: Recipe, engine: Engine, objective: Objective, dataset: Dataset) -> Sequence[str]:
+    rows = range(min(_TRIED_ROWS, len(dataset)))
+    per_device, seed = recipe.evaluation.per_device_eval_batch_size, recipe.training.seed
+    _, _, predictions = predict_rows(engine, objective, dataset, rows, per_device, seed)
+    names = ["loss", *objective.loss_metrics(1.0)]
+    if predictions:
+        names += objective.score(dataset.table, rows, predictions).metrics
+    if len(objective.terms) > 1:
+        names += [f"{term.name}_loss" for term in objective.terms]
+    if recipe.evaluation.generate is not None:
+        brief = recipe.evaluation.generate.model_copy(update={"max_new_tokens": 2, "limit": 2})
+        names += evaluate_generation(engine, objective, dataset, brief, per_device).metrics
+    return list(dict.fromkeys(names))

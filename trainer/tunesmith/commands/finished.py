@@ -1,0 +1,150 @@
+"""A run that is done, opened again: its recipe, tokenizer, objective and weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.checkpoint.run_state import load_weights
+from tunesmith.checkpoint.store import verify
+from tunesmith.engine import Engine, build_engine
+from tunesmith.errors import UserError
+from tunesmith.model import Loaded, load_model, load_tokenizer
+from tunesmith.module import TrainModule
+from tunesmith.objectives import Objective, build_objective
+from tunesmith.precision import choose
+from tunesmith.quiet import quiet_libraries
+from tunesmith.recipe import Recipe
+from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.parallel import Parallel
+from tunesmith.tokenizer import tokenizer_for
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """`weights` says which they are: "final" or "checkpoint-N". The engine holds the model on the device."""
+
+    run_dir: Path
+    recipe: Recipe
+    weights: str
+    tokenizer: Any
+    objective: Objective
+    engine: Engine
+
+    @property
+    def model(self) -> Any:
+        return self.engine.train_module.model
+
+
+def open_run(run_dir: Path, checkpoint: int | None = None) -> FinishedRun:
+    """The run in `run_dir` with the weights of `final/`, or of `checkpoint-N`. Raises UserError where the folder is
+    no run, lacks what is asked for, or its weights do not fill the model."""
+    quiet_libraries()
+    recipe = read_recipe(run_dir)
+    final, saved = run_dir / "final", None
+    if checkpoint is not None:
+        saved = _checkpoint(run_dir, checkpoint)
+    elif not final.is_dir():
+        raise UserError(f"{run_dir} has no final/: the run did not end. {_offer(run_dir)}")
+    tokenizer, recipe = _tokenizer(recipe, run_dir, final)
+    objective = build_objective(recipe, tokenizer)
+    objective.load_state(_objective_state(run_dir))
+    loaded = _model(recipe, run_dir, final, objective, tokenizer)
+    # one process, whatever the run was spread over
+    engine = build_engine(recipe.model_copy(update={"parallel": Parallel(strategy="single")}))
+    precision, _ = choose(recipe.training.precision, engine.device)
+    module = TrainModule(loaded.model, objective, precision)
+    engine.prepare(module, lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
+    if saved is not None:
+        load_weights(engine, saved)
+    engine.module.eval()
+    return FinishedRun(run_dir, recipe, saved.name if saved else "final", tokenizer, objective, engine)
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """The resolved recipe of a run."""
+    path = run_dir / "recipe.yaml"
+    if not path.is_file():
+        above = run_dir.parent
+        hint = f"; did you mean {above}?" if (above / "recipe.yaml").is_file() else ""
+        raise UserError(f"{run_dir} is not the folder of a run: it has no recipe.yaml{hint}")
+    return load_recipe(path).recipe
+
+
+def _checkpoint(run_dir: Path, number: int) -> Path:
+    path = run_dir / f"checkpoint-{number}"
+    if not path.is_dir():
+        raise UserError(f"--checkpoint {number}: {run_dir} has no {path.name}. {_offer(run_dir)}")
+    if problems := verify(path):
+        raise UserError(f"--checkpoint {number}: {path} is broken: {'; '.join(problems)}")
+    return path
+
+
+def _offer(run_dir: Path) -> str:
+    names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in run_dir.iterdir())
+    numbers = sorted(int(match[1]) for match in names if match)
+    found = ", ".join(map(str, numbers))
+    return f"It has checkpoints: --checkpoint {found}" if numbers else "It has no checkpoint either"
+
+
+def _tokenizer(recipe: Recipe, run_dir: Path, final: Path) -> tuple[Any, Recipe]:
+    """The tokenizer that was saved with the model, which a template of the recipe's is part of; the recipe's own where
+    the run has no final/ yet."""
+    if not final.is_dir():
+        return tokenizer_for(recipe, run_dir)[0], recipe
+    settings = recipe.model.model_copy(update={"tokenizer": str(final), "revision": None})
+    tokenizer, _ = load_tokenizer(settings, run_dir)
+    if tokenizer.chat_template is not None:
+        settings = settings.model_copy(update={"chat_template": None})
+    return tokenizer, recipe.model_copy(update={"model": settings})
+
+
+def _objective_state(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "objective.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: it holds the labels; start the run again") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _model(recipe: Recipe, run_dir: Path, final: Path, objective: Objective, tokenizer: Any) -> Loaded:
+    """The model of final/; where there is none yet, the one that the run began with, for a checkpoint to fill."""
+    seed = recipe.training.seed
+    if not final.is_dir():
+        return load_model(recipe.model, run_dir, objective, tokenizer, seed)
+    changes = {
+        "model_name_or_path": str(final),
+        "init": "pretrained",
+        "config": {},
+        "revision": None,
+        "dropout": None,
+        "gradient_checkpointing": False,
+    }
+    loaded = load_model(recipe.model.model_copy(update=changes), run_dir, objective, tokenizer, seed)
+    if new := loaded.facts.get("new_weights"):
+        raise UserError(f"{final} lacks weights of the model: {', '.join(new[:5])}")
+    return loaded
+
+
+@contextmanager
+def counting(what: str, total: int) -> Generator[Callable[[int], None]]:
+    """A bar on a terminal (stderr), gone when done; what it yields takes the number of rows done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda rows: bar.advance(task, rows)
