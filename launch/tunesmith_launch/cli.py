@@ -14,6 +14,7 @@ import typer
 
 from tunesmith import __version__
 from tunesmith.errors import TunesmithError
+from tunesmith_launch.inspect_commands import Overrides, RecipePath, register
 
 app = typer.Typer(
     name="tunesmith",
@@ -24,14 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", show_default=False, help="The recipe's YAML file.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="section.key=value", show_default=False, help="Settings laid over the recipe's."),
-]
 
 
 def main() -> None:
@@ -98,6 +91,8 @@ def train(
     code = train(recipe, overrides or [], options, resume=resume, overwrite=overwrite, dry_run=dry_run)
     raise typer.Exit(code)
 
+
+register(app)
 
 recipes = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(recipes, name="recipes")

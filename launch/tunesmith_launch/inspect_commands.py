@@ -61,7 +61,7 @@ def preview(
     rows: Annotated[int, typer.Option(min=1, help="How many samples.")] = 4,
     split: Annotated[Literal["train", "eval", "test"], typer.Option(help="Which rows.")] = "train",
 ) -> None:
-    """Show samples as the model sees them, with what is trained in them.
+    """Show samples token by token, and what is trained in them.
 
     \b
     Example: tunesmith preview recipe.yaml --rows 2 --split eval

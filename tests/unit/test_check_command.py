@@ -170,7 +170,7 @@ def test_a_disk_that_is_too_small(
     """AdamW: weights and twice as much state, three checkpoints at most and final/."""
     recipe = make_recipe("single_label", checkpoint={"save_steps": 1, "save_total_limit": 1, "final": "last"})
     (line,) = [one for one in found(recipe) if one.topic == "disk"]
-    assert "(2 checkpoints of" in line.text
+    assert "(2 × " in line.text
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     findings = found(recipe)
     (one,) = errors(findings)

@@ -59,7 +59,20 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert set(done.stderr.split()) & HEAVY == set()
 
 
-@pytest.mark.parametrize("words", [["train"], ["recipes"], ["recipes", "copy"], ["schema"], ["doctor"]])
+INSPECTING = {"check", "preview", "evaluate", "predict", "export"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train"],
+        ["recipes"],
+        ["recipes", "copy"],
+        ["schema"],
+        ["doctor"],
+        *([name] for name in sorted(INSPECTING)),
+    ],
+)
 def test_every_command_shows_an_example(words: list[str]) -> None:
     shown = CliRunner().invoke(app, [*words, "--help"])
     assert shown.exit_code == 0
@@ -68,7 +81,16 @@ def test_every_command_shows_an_example(words: list[str]) -> None:
 
 def test_every_command_is_in_the_test_of_examples() -> None:
     named = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-    assert named | {group.name for group in app.registered_groups} == {"train", "recipes", "schema", "doctor"}
+    assert (
+        named | {group.name for group in app.registered_groups}
+        == {
+            "train",
+            "recipes",
+            "schema",
+            "doctor",
+        }
+        | INSPECTING
+    )
 
 
 def test_version() -> None:

@@ -168,7 +168,7 @@ def _computed(
         yield (
             packed
             if isinstance(packed, Finding)
-            else fine("packing", f"packed rows do not see each other (the loss differs by {packed:.0e})")
+            else fine("packing", f"packed rows do not see each other (the logits differ by {packed:.0e})")
         )
     steps = count_steps(recipe, stream)
     total = _mean_step_seconds(recipe, engine, stream) * steps
@@ -232,9 +232,7 @@ def _disk(recipe: Recipe, run_dir: Path, engine: Engine, saves: int, *, keeps_be
     needed = kept * (weights + state) + weights
     there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     free = shutil.disk_usage(there).free
-    text = (
-        f"up to {size(needed)} ({kept} checkpoints of {size(weights + state)}, and final/), {size(free)} free"
-    )
+    text = f"up to {size(needed)} ({kept} × {size(weights + state)} of checkpoints, and final/), {size(free)} free"
     fix = "lower checkpoint.save_total_limit, make room, or set output_dir"
     return fine("disk", text) if needed < free else error("disk", text, fix, 3)
 
