@@ -137,9 +137,18 @@ def jobs(tmp_path: Path) -> Iterator[Any]:
 
     yield start
     for job in started:
-        if job.process.poll() is None:
-            job.process.kill()
-        job.process.communicate()
+        _kill_all(job)
+
+
+def _kill_all(job: Job) -> None:
+    """What a failed test has left: all that knows the job's pipe."""
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("GO") == str(job.go):
+                process.kill()
+        except psutil.Error:
+            continue
+    job.process.communicate(timeout=60)
 
 
 def _start(folder: Path, program: str, *arguments: object, **variables: object) -> subprocess.Popen[str]:
