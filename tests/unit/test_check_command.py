@@ -226,7 +226,9 @@ def test_an_end_marker_that_is_not_learnt(
     objective = build_objective(recipe, tokenizer)
     assert isinstance(objective, SFTObjective)
     marker = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    given = [[20, 21, marker if i < ended else 22] for i in range(4)]
+    # an end that is learnt in an earlier turn is not one of the last
+    unended = [20, marker, 22, 22, 22, 22, 22]
+    given = [[20, 21, marker] if i < ended else unended for i in range(4)]
     made = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in given]
     finish_table(tmp_path / "t", write_table(tmp_path / "t", made), {})
     table = Table(tmp_path / "t")

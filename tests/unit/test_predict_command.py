@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -21,10 +22,11 @@ from transformers import (
 
 from tunesmith.commands.finished import FinishedRun, open_run
 from tunesmith.commands.predict import generation_settings, predict_file, predict_texts
-from tunesmith.data.adhoc import unlabelled_examples
+from tunesmith.data.adhoc import encode_examples, unlabelled_examples
 from tunesmith.errors import UserError
 from tunesmith.generation import answer_text
 from tunesmith.objectives import build_objective
+from tunesmith.objectives.question_answering import QuestionAnsweringObjective
 from tunesmith.objectives.sft import SFTObjective
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.evaluation import Generate
@@ -165,6 +167,20 @@ def best_span(model: Any, tokenizer: Any, question: str, context: str) -> float:
     return best
 
 
+def test_no_answer_is_an_answer_only_where_the_training_had_it(trained: Trained, tmp_path: Path) -> None:
+    run = open_run(trained("question_answering"))
+    objective = run.objective
+    assert isinstance(objective, QuestionAnsweringObjective)
+    rows = lines(tmp_path / "a.jsonl", [{"id": "1", "question": "who", "context": "red river"}])
+    given = unlabelled_examples(run.recipe, str(rows))
+    table = encode_examples(given, objective, tmp_path / "rows", "input").dataset.table
+    logits = np.zeros((2, len(table.value("input_ids", 0))))
+    logits[:, 0] = 9.0  # [CLS]: there is no answer
+    assert objective.answers(table, [0], [logits])["1"].text == ""
+    objective.load_state({"unanswerable": False})
+    assert objective.answers(table, [0], [logits])["1"].text != ""
+
+
 def alone(model: Any, ids: list[int], stops: list[int], new: int) -> list[int]:
     """Greedy generation of one row, without padding, one forward a token."""
     ids, made = list(ids), []
@@ -238,6 +254,12 @@ def test_text_behind_an_end_marker_is_cut(trained: Trained) -> None:
     run = open_run(trained("sft"))
     ids = run.tokenizer("red<|im_end|>blue")["input_ids"]
     assert answer_text(run.objective, ids) == "red"
+    plain = open_run(trained("causal_lm"))
+    colour = plain.tokenizer("red")["input_ids"]
+    plain.objective.stop_token_ids = lambda: colour[-1:]  # an ordinary token, which decoding does not skip
+    assert answer_text(plain.objective, [*colour[:-1], colour[-1], *colour]) == plain.tokenizer.decode(
+        colour[:-1]
+    )
     plain = open_run(trained("causal_lm"))
     assert answer_text(plain.objective, plain.tokenizer("red<|endoftext|>blue")["input_ids"]) == "red"
 
