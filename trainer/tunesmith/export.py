@@ -7,6 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.engine import Engine
+from tunesmith.objectives import Objective
+
+
+def stop_where_taught(model: Any, objective: Objective) -> None:
+    """Whoever generates from the saved folder stops at the end markers that the training taught."""
+    stops = objective.stop_token_ids()
+    if model.can_generate() and model.generation_config is not None and stops:
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        model.generation_config.pad_token_id = objective.tokenizer.pad_token_id
 
 
 def export_final(engine: Engine, tokenizer: Any, run_dir: Path) -> Path:
@@ -16,6 +25,7 @@ def export_final(engine: Engine, tokenizer: Any, run_dir: Path) -> Path:
         temporary = run_dir / ".final.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         model: Any = engine.train_module.model
+        stop_where_taught(model, engine.train_module.objective)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(final, ignore_errors=True)

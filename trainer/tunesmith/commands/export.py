@@ -28,6 +28,7 @@ from tunesmith.data.examples import (
     Tokens,
 )
 from tunesmith.errors import MachineError, Place, UserError
+from tunesmith.export import stop_where_taught
 from tunesmith.objectives import Objective
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -60,7 +61,7 @@ def export(run: FinishedRun, target: Path, dtype: Dtype = "fp32", max_shard_size
     trained = _outputs(model, run.objective, batch)
     written = model if dtype == "fp32" else copy.deepcopy(model).to(_DTYPES[dtype])
     _check_range(written, dtype)
-    _stop_where_taught(written, run)
+    stop_where_taught(written, run.objective)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -89,14 +90,6 @@ def export(run: FinishedRun, target: Path, dtype: Dtype = "fp32", max_shard_size
         difference,
         scale,
     )
-
-
-def _stop_where_taught(model: Any, run: FinishedRun) -> None:
-    """Whoever generates from the folder stops at the end markers that the training taught."""
-    stops = run.objective.stop_token_ids()
-    if model.can_generate() and model.generation_config is not None and stops:
-        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
-        model.generation_config.pad_token_id = run.tokenizer.pad_token_id
 
 
 def _check_range(model: nn.Module, dtype: Dtype) -> None:
