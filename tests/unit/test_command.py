@@ -31,18 +31,21 @@ def first_line(cluster: Cluster, environ: dict[str, str] | None = None) -> str:
 def test_one_process_is_the_rank_itself() -> None:
     one = command(Cluster(cores=8))
     assert not one.has_agent
-    assert one.render() == "python -m tunesmith 'my recipe.yaml' 'run_name=a b' --resume"
+    assert (
+        one.render() == "OMP_WAIT_POLICY=passive python -m tunesmith 'my recipe.yaml' 'run_name=a b' --resume"
+    )
 
 
 def test_one_process_forgets_what_a_cluster_says_of_its_nodes() -> None:
     one = command(Cluster(), {"WORLD_SIZE": "4", "RANK": "1", "HOME": "/home/me"})
-    assert one.render().startswith("env -u RANK -u WORLD_SIZE python -m tunesmith ")
-    assert one.environment({"WORLD_SIZE": "4", "RANK": "1", "HOME": "/home/me"}) == {"HOME": "/home/me"}
+    assert one.render().startswith("env -u RANK -u WORLD_SIZE OMP_WAIT_POLICY=passive python -m tunesmith ")
+    environment = one.environment({"WORLD_SIZE": "4", "RANK": "1", "HOME": "/home/me"})
+    assert environment == {"HOME": "/home/me", "OMP_WAIT_POLICY": "passive"}
 
 
 def test_several_processes_on_a_cpu() -> None:
     assert first_line(Cluster(num_processes=4, cores=10)) == (
-        "ACCELERATE_USE_CPU=true OMP_NUM_THREADS=2 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 "
+        "ACCELERATE_USE_CPU=true OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 "
         f"python -m accelerate.commands.launch --multi_gpu --config_file {ACCELERATE_CONFIG} "
         "--num_processes 4 --num_machines 1 --machine_rank 0 --main_process_port 0 --rdzv_backend static "
         "--mixed_precision no --dynamo_backend no "
@@ -62,8 +65,8 @@ def test_several_machines_with_accelerators() -> None:
 
 
 def test_what_the_caller_set_is_kept() -> None:
-    two = command(Cluster(2, cores=8), {"OMP_NUM_THREADS": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "9"})
-    assert two.env == {"ACCELERATE_USE_CPU": "true"}
+    own = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "active", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "9"}
+    assert command(Cluster(2, cores=8), own).env == {"ACCELERATE_USE_CPU": "true"}
 
 
 def test_more_processes_than_cores_get_a_thread_each() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,7 @@ def _train(
             tracker.on(Message(f"final/ has the weights of step {best}, the best {metric[0]}", "info"))
         final = export_final(engine, tokenizer, run_dir)
         summary = _test(session, datasets, objective) | {"final": str(final), "best_step": best}
+        summary["next"] = what_next(run_dir)
         tracker.on(RunEnded("done", reason, state.progress.step, summary))
     except BaseException as error:
         tracker.on(RunEnded("stopped", str(error) or type(error).__name__, state.progress.step, {}))
@@ -148,6 +150,19 @@ def _test(session: Session, datasets: dict[str, Dataset], objective: Objective) 
         session.emit(Evaluated(step, 0.0, found.loss, found.metrics, found.tables, "test", seconds))
         summary["test"] = found.metrics
     return summary
+
+
+def what_next(run_dir: Path) -> dict[str, str]:
+    """What a person wants to know when a run is done."""
+    shown = Path(os.path.relpath(run_dir)) if run_dir.is_relative_to(Path.cwd()) else run_dir
+    typed = Path(sys.argv[0]).name == "__main__.py" and len(sys.argv) > 1
+    return {
+        "model": str(shown / "final"),
+        "report": str(shown / "report.html"),
+        "metrics": str(shown / "metrics.jsonl"),
+        "predict": f"tunesmith predict {shown} --text '…'",
+        "8 GPUs": f"tunesmith train {sys.argv[1] if typed else shown / 'recipe.yaml'} --num-processes 8 --overwrite",
+    }
 
 
 def open_run_dir(engine: Engine, run_dir: Path, how: Resume) -> Checkpoint | None:

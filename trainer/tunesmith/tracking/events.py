@@ -81,7 +81,7 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class RunEnded:
     """`status` is "done" or "stopped"; `summary` may hold `baseline` {split: {metric: value}}, `test` {metric: value},
-    `best_step` and `final`."""
+    `best_step`, `final`, and `next` {what: where it lies, or the command to type}."""
 
     status: str
     reason: str

@@ -139,6 +139,8 @@ class ProgressDisplay:
             return
         if rows := _results(self._evaluated, event.summary.get("baseline", {})):
             end_table(rows, "Results", console=self._out)
+        for name, value in event.summary.get("next", {}).items():
+            self._out.print(Text(f"  {name:<9}{value}"), soft_wrap=True)
 
     def _say(self, line: str, level: str = "info") -> None:
         if self._mode != "off" or level == "warning":
