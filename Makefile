@@ -13,7 +13,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: install quickstart lint format test test-slow test-all clean
+.PHONY: install quickstart bench lint format test test-slow test-all clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 # Fine-tunes a real pretrained model on the CPU, in minutes; its run folder, runs/quickstart, is replaced.
 quickstart: install
 	$(BIN)/tunesmith train configs/quickstart.yaml --overwrite
+
+# Ratios within one run: the time of a step beside a plain loop's and transformers.Trainer's.
+bench: install
+	OMP_WAIT_POLICY=passive $(BIN)/python bench/step_time.py
 
 lint: install
 	$(BIN)/ruff check .
