@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,7 +36,7 @@ import os, signal, sys, types
 from tunesmith.errors import *
 rank = int(os.environ.get("RANK", "0"))
 def say(*words): os.write(1, (" ".join(map(str, words)) + "\\n").encode())
-def wait(): open(os.environ["GO"]).read()
+def wait(): os.read(os.open(os.environ["GO"], os.O_RDONLY), 1)
 def run(recipe, base, how):
 BODY
 module = types.ModuleType("tunesmith.run")
@@ -88,6 +88,7 @@ class Job:
     process: subprocess.Popen[str]
     folder: Path
     go: Path
+    opened: list[int] = field(default_factory=list[int])
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -99,9 +100,10 @@ class Job:
     def ctrl_c(self) -> None:
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def let_go(self) -> None:
-        """Opens what the ranks wait for."""
-        self.go.open("w").close()
+    def let_go(self, ranks: int) -> None:
+        """Gives each rank the byte that it waits for, whether it has begun to wait or not."""
+        self.opened.append(os.open(self.go, os.O_RDWR))
+        os.write(self.opened[-1], b"!" * ranks)
 
     def end(self) -> tuple[int, str, str]:
         """Waits for every process of the job: (exit code, rest of stdout, stderr)."""
@@ -142,6 +144,8 @@ def jobs(tmp_path: Path) -> Iterator[Any]:
 
 def _kill_all(job: Job) -> None:
     """What a failed test has left: all that knows the job's pipe."""
+    for pipe in job.opened:
+        os.close(pipe)
     for process in psutil.process_iter():
         try:
             if process.environ().get("GO") == str(job.go):
@@ -343,22 +347,22 @@ def test_helpers_that_a_rank_leaves_behind_are_ended(jobs: Any) -> None:
 def test_ctrl_c_reaches_every_rank_exactly_once(jobs: Any, ranks: int) -> None:
     job = jobs(
         "got = []\n"
-        "def count(*_):\n"
-        "    got.append(signal.SIGINT)\n"
-        "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n"
-        "signal.signal(signal.SIGINT, count)\n"
+        "signal.signal(signal.SIGINT, lambda *_: got.append(1))\n"
+        "came, wakeup = os.pipe()\n"
+        "os.set_blocking(wakeup, False)\n"
+        "signal.set_wakeup_fd(wakeup)\n"
         "say('up')\n"
-        "while not got: signal.pause()\n"
+        "os.read(came, 1)\n"
         "say('stopping')\n"
         "wait()\n"
-        "say(len(got) + len(signal.sigpending()))\n"
+        "say(len(got))\n"
         "raise Interrupted('stopped after step 3')",
         ranks=ranks,
     )
     assert job.lines(ranks) == ["up"] * ranks
     job.ctrl_c()
     assert job.lines(ranks) == ["stopping"] * ranks
-    job.let_go()
+    job.let_go(ranks)
     code, out, err = job.end()
     assert (code, out, err) == (5, "1\n" * ranks, "stopped after step 3\n")
 
