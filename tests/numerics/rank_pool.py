@@ -38,20 +38,22 @@ class Ranks:
         return Ranks(world_size, list(processes), [own for own, _ in pipes])
 
     def run(self, recipe: Recipe, base: Path) -> None:
+        assert all(process.is_alive() for process in self.processes), "the ranks died in an earlier test"
         port = _free_port()
         for pipe in self.pipes:
             pipe.send((recipe, base, port))
         waiting = list(self.pipes)
         failures: list[str] = []
-        while waiting:
-            ready = wait(waiting, SECONDS)
-            assert ready, "the ranks hang"
-            for pipe in waiting:
-                if pipe in ready:
-                    assert isinstance(pipe, Connection)
-                    failures += filter(None, [pipe.recv()])
-            waiting = [pipe for pipe in waiting if pipe not in ready]
-        if failures:
+        try:
+            while waiting:
+                ready = wait(waiting, SECONDS)
+                assert ready, "the ranks hang"
+                failures += [pipe.recv() for pipe in waiting if pipe in ready]
+                waiting = [pipe for pipe in waiting if pipe not in ready]
+        except (AssertionError, EOFError):
+            self.stop()  # what they send later would be taken for the next run's
+            raise
+        if any(failures):
             raise RuntimeError("\n".join(failures))
 
     def stop(self) -> None:
@@ -94,7 +96,7 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
         os.environ["MASTER_PORT"] = str(port)
         try:
             run(recipe, base, Resume())
-            pipe.send(None)
+            pipe.send("")
         except BaseException:  # noqa: BLE001 — the test reports it
             pipe.send(f"rank {rank}:\n{traceback.format_exc()}")
         # accelerate keeps its state for the life of a process, which elsewhere is one run

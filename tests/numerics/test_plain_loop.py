@@ -191,6 +191,23 @@ def test_unclipped_sgd(train: Run, workshop: Path, case: str) -> None:
     assert max(moved.values()) > 1000 * TOLERANCE, "a run that goes nowhere proves nothing"
 
 
+@pytest.mark.parametrize("case", ["causal_lm", "multi_label"])
+def test_clipped_sgd_with_momentum(train: Run, workshop: Path, case: str) -> None:
+    """Here, unlike under AdamW, a clipped gradient of a wrong length moves the weights otherwise."""
+    asked = {**SGD, "optim": {"name": "sgd", "learning_rate": 0.5, "momentum": 0.8, "max_grad_norm": 0.1}}
+    found = train(case, asked, WHOLE, 20)
+    rows = open_rows(recipe(workshop, CASES[case], asked, WHOLE, 20), workshop)
+    model = plain_model(workshop, CASES[case])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.8)
+    losses, norms = plain_run(model, PLAIN[case].loss, rows, 20, optimizer, False, 0.1)
+    assert min(norms) > 0.1
+    assert_same(found, losses, norms)
+    assert (
+        max(weights_apart(found.weights, {n: model.state_dict()[n] for n in found.weights}).values())
+        <= TOLERANCE
+    )
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_clipped_adamw(train: Run, workshop: Path, case: str) -> None:
     settings = ADAMW["optim"]
