@@ -19,6 +19,7 @@ from tunesmith.checkpoint.store import Checkpoint, clean_leftovers, find_latest
 from tunesmith.data.order import Order
 from tunesmith.data.prepare import Dataset, prepare
 from tunesmith.data.stream import Stream
+from tunesmith.ending import holds_a_run
 from tunesmith.engine import Engine, build_engine
 from tunesmith.environment import git_commit, host, versions
 from tunesmith.errors import UserError
@@ -181,7 +182,7 @@ def open_run_dir(engine: Engine, run_dir: Path, how: Resume) -> Checkpoint | Non
 
 
 def _open(run_dir: Path, how: Resume) -> Checkpoint | None:
-    used = (run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoint-*"))
+    used = holds_a_run(run_dir)
     if how.resume:
         clean_leftovers(run_dir)
         found = find_latest(run_dir)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunesmith.checkpoint.run_state import RunState
@@ -15,7 +15,7 @@ from tunesmith.generation import evaluate_generation
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
 from tunesmith.signals import StopRequest
-from tunesmith.tracking.events import Event, Saved
+from tunesmith.tracking.events import Event, Message, Saved
 from tunesmith.tracking.tracker import Tracker
 
 
@@ -31,6 +31,7 @@ class Session:
     state: RunState
     tracker: Tracker
     stop: StopRequest
+    _told: set[Path] = field(default_factory=set[Path])
 
     def emit(self, event: Event) -> None:
         self.tracker.on(event)
@@ -66,9 +67,13 @@ class Session:
         best_step = progress.best_step if self.recipe.checkpoint.final == "best" else None
         protect = set() if best_step is None else {self.run_dir / f"checkpoint-{best_step}"}
         self.state.extra.update(self.engine.broadcast(self.tracker.state()))
-        path, _ = self.state.save(
+        path, pruned = self.state.save(
             self.run_dir, self.recipe, keep=self.recipe.checkpoint.save_total_limit, protect=protect
         )
+        for broken in pruned.left:
+            if broken.path not in self._told:
+                self._told.add(broken.path)
+                self.emit(Message(f"{broken.path.name} is left as it is: {broken.reason}", "warning"))
         self.emit(Saved(progress.step, str(path)))
 
     def stop_requested(self) -> bool:

@@ -147,7 +147,7 @@ def _build(data: Data, base: Path, split: str, objective: Objective, folder: Pat
     try:
         kinds = write_table(temporary, track(builder.rows(), f"encoding {split} rows"), objective.kinds)
         builder.dropped.update(found.dropped)
-        builder.changed = found.changed
+        builder.changed.update(found.changed)
         if builder.count == 0:
             raise UserError(builder.nothing_left(split))
         meta = builder.meta(len(getattr(data, split) or data.train)) | {"objective": objective.state()}
@@ -170,7 +170,7 @@ class _Builder:
         self.tokens = 0
         self.truncated = 0
         self.dropped: Counter[str] = Counter()
-        self.changed: dict[str, int] = {}
+        self.changed: Counter[str] = Counter()
         self.example_of: dict[str, Place] = {}
         self.files: dict[str, int] = {}
         self.ends: dict[int, int] = {}
@@ -198,6 +198,8 @@ class _Builder:
             self.ends[self.number] = self.count
             self.tokens += len(row["input_ids"])
             self.truncated += int(row.pop("truncated", 0))
+            if (reason := row.pop("changed", None)) is not None:
+                self.changed[reason] += 1
             yield row | {"place_file": file, "place_line": example.place.line}
 
     def nothing_left(self, split: str) -> str:

@@ -67,7 +67,8 @@ class Objective(ABC):
     @abstractmethod
     def encode(self, example: Example) -> Iterator[Encoded | Dropped]:
         """The rows of one example (windows of a long context are several), or why there is none. `truncated: 1`
-        in a row says that it was cut. Raises DataError for a label that the training data does not have."""
+        in a row says that it was cut, `changed: reason` that it is otherwise not what the file says. Raises
+        DataError for a label that the training data does not have."""
 
     def encode_all(self, examples: Iterator[Example]) -> Iterator[tuple[Example, Encoded | Dropped]]:
         """The rows of all examples in their order; an objective that combines examples overrides this."""

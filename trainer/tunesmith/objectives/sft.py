@@ -54,17 +54,25 @@ class SFTObjective(DecoderObjective):
 
     def encode(self, example: Example) -> Iterator[Encoded | Dropped]:
         assert isinstance(example, Chat)
+        everything = self.settings.train_on_prompt
+        excluded = any(message.train is False for message in example.messages)
+        if everything and excluded:
+            # all turns but those that the data takes out; without any such, the template's own text is trained too
+            turns = tuple(replace(turn, train=turn.train is not False) for turn in example.messages)
+            example = replace(example, messages=turns)
         found = chats.encode_chat(self.template, self.tokenizer, example, self.max_length, self.truncation)
         if isinstance(found, Dropped):
             yield found
             return
         ids = found.input_ids
-        labels = list(ids) if self.settings.train_on_prompt else found.labels
+        labels = list(ids) if everything and not excluded else found.labels
         labels = [IGNORED, *labels[1:]]
         if all(label == IGNORED for label in labels):
             yield Dropped("no labelled token")
             return
         row: Encoded = {"input_ids": ids, "labels": labels, "truncated": int(found.truncated)}
+        if found.partial:
+            row["changed"] = "the chat template leaves out part of a trained turn"
         if self.generates:
             prompt = chats.prompt_ids(self.template, self.tokenizer, example)
             row |= self._asked(prompt, chats.reference(example))

@@ -130,7 +130,7 @@ class ProgressDisplay:
     def _end(self, event: RunEnded) -> None:
         self.close()
         if event.status != "done":
-            self._say(f"{event.status} at step {event.step}: {event.reason}")
+            self._say(f"{event.status} at step {event.step}")  # the rank says why, last of all
             return
         reason = "" if event.reason == "done" else f" ({event.reason})"
         took = duration(self._clock() - self._started)
