@@ -180,11 +180,16 @@ class Loop:
                 tokens_per_second=counts[terms + 1] / max(seconds, 1e-9),
                 seconds=self.progress.train_seconds,
                 peak_memory_bytes=peak_memory_bytes(self.engine.device),
-                extra={"loss_scale": float(self.scale.value)} if self.scale.enabled else {},
+                extra=self._fp16(),
             )
         )
         self._window.clear()
         self._since = time.perf_counter()
+
+    def _fp16(self) -> dict[str, float]:
+        if not self.scale.enabled:
+            return {}
+        return {"loss_scale": float(self.scale.value), "overflows": self.progress.overflows}
 
     def _evaluate(self, step: int) -> tuple[bool, str | None]:
         """(whether this is the best so far, why to end now)"""

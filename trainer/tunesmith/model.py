@@ -102,6 +102,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
 
 def load_model(settings: Model, base: Path, objective: Objective, tokenizer: Any, seed: int) -> Loaded:
     """The model with the objective's head, in fp32 on the CPU. New weights are drawn by `seed`."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = None if settings.model_name_or_path is None else resolve_path(settings.model_name_or_path, base)
@@ -111,20 +112,21 @@ def load_model(settings: Model, base: Path, objective: Objective, tokenizer: Any
         fields = {"vocab_size": len(tokenizer), **_special_ids(tokenizer), **fields}
         try:
             config: Any = AutoConfig.for_model(settings.config["model_type"], **fields)
-        except ValueError as error:
-            raise UserError(f"model.config: {_first_line(error)}") from None
+        except (ValueError, StrictDataclassError) as error:
+            raise UserError(f"model.config: {_one_line(error)}") from None
     else:
         try:
             config = AutoConfig.from_pretrained(
                 path, revision=settings.revision, trust_remote_code=settings.trust_remote_code, **fields
             )
+        except StrictDataclassError as error:
+            raise UserError(f"model.config: {_one_line(error)}") from None
         except (OSError, ValueError) as error:
             raise UserError(
                 f"model.model_name_or_path: {settings.model_name_or_path} does not load: {_first_line(error)}"
             ) from None
     loaded = Loaded(None)
-    unknown = sorted(name for name in settings.config if not hasattr(config, name) and name != "model_type")
-    if unknown:
+    if unknown := sorted(set(settings.config) - _config_fields(type(config))):
         raise UserError(f"model.config: {type(config).__name__} has no {', '.join(unknown)}")
     if settings.dropout is not None:
         loaded.facts["dropout"] = override_dropout(config, settings.dropout)
@@ -136,7 +138,9 @@ def load_model(settings: Model, base: Path, objective: Objective, tokenizer: Any
             raise UserError(
                 f"model.gradient_checkpointing: {type(loaded.model).__name__} does not support it"
             )
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.2x renames it; the old name warns
+        enable = getattr(loaded.model, "activation_checkpointing_enable", None)
+        (enable or loaded.model.gradient_checkpointing_enable)({"use_reentrant": False})
     if settings.trust_remote_code:
         loaded.notes.append("trust_remote_code: code that comes with the model runs in this process")
     total = sum(p.numel() for p in loaded.model.parameters())
@@ -147,6 +151,12 @@ def load_model(settings: Model, base: Path, objective: Objective, tokenizer: Any
         "attn_implementation": attention,
     }
     return loaded
+
+
+def _config_fields(config_class: Any) -> set[str]:
+    """What a config knows: transformers keeps any other name too, without effect."""
+    declared: dict[str, Any] = getattr(config_class, "__dataclass_fields__", {})
+    return {*declared, *vars(config_class()), *config_class.attribute_map, "model_type"}
 
 
 def _build(settings: Model, path: str | None, config: Any, objective: Objective, loaded: Loaded) -> Any:
@@ -214,6 +224,10 @@ def _special_ids(tokenizer: Any) -> dict[str, int]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _few(names: list[str]) -> str:

@@ -156,7 +156,9 @@ def _test(session: Session, datasets: dict[str, Dataset], objective: Objective) 
 def what_next(run_dir: Path) -> dict[str, str]:
     """What a person wants to know when a run is done."""
     shown = Path(os.path.relpath(run_dir)) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    typed = Path(sys.argv[0]).name == "__main__.py" and len(sys.argv) > 1
+    typed = (
+        Path(sys.argv[0]).name == "__main__.py" and sys.argv[1:2] and sys.argv[1].endswith((".yaml", ".yml"))
+    )
     return {
         "model": str(shown / "final"),
         "report": str(shown / "report.html"),

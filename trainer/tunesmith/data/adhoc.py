@@ -89,6 +89,7 @@ class _Encoder:
                 continue
             self.rows[number].append(count)
             count += 1
+            row.pop("changed", None)
             if row.pop("truncated", 0):
                 self.truncated.add(number)
             file = self.files.setdefault(example.place.file, len(self.files))
