@@ -137,7 +137,10 @@ def jobs(tmp_path: Path) -> Iterator[Any]:
         )
         return started[-1]
 
+    # under nohup the tests would hand down an ignored SIGHUP, which the launcher respects
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield start
+    signal.signal(signal.SIGHUP, before)
     for job in started:
         _kill_all(job)
 
