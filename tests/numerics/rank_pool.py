@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import traceback
@@ -47,7 +48,7 @@ class Ranks:
         try:
             while waiting:
                 ready = wait(waiting, SECONDS)
-                assert ready, "the ranks hang"
+                assert ready, "\n".join(["the ranks hang", *failures])
                 failures += [pipe.recv() for pipe in waiting if pipe in ready]
                 waiting = [pipe for pipe in waiting if pipe not in ready]
         except (AssertionError, EOFError):
@@ -63,9 +64,16 @@ class Ranks:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the ports that the system hands out by itself: a rank that calls before rank 0 listens could else be
+    given the very port that it calls, and talk to itself."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _serve(rank: int, world_size: int, pipe: Connection) -> None:
