@@ -64,6 +64,9 @@ SGD: dict[str, Any] = {
 }
 """Nothing between the gradient and the weights: a wrong scale of the gradient is a wrong step."""
 
+SLOW_SGD: dict[str, Any] = {**SGD, "optim": {**SGD["optim"], "learning_rate": 0.01}}
+"""For long runs: where a model has learnt its rows by heart, the loss is what rounding leaves of it."""
+
 ADAMW: dict[str, Any] = {
     "optim": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.1},
     "schedule": {"lr_scheduler_type": "linear"},

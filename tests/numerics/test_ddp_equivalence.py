@@ -10,6 +10,7 @@ from objective_cases import (
     CASES,
     RANKS,
     SGD,
+    SLOW_SGD,
     TOLERANCE,
     WHOLE,
     Layout,
@@ -73,6 +74,6 @@ def test_an_evaluation_does_not_see_ranks_and_batches(
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_hundred_steps_of_sgd_on_two_ranks(train: Run, case: str) -> None:
-    one, two = (train(case, SGD, layout, 100) for layout in (WHOLE, RANKS))
+    one, two = (train(case, SLOW_SGD, layout, 100) for layout in (WHOLE, RANKS))
     assert_same_curves(two, one)
     assert_same_weights(two, one)

@@ -11,6 +11,7 @@ from objective_cases import (
     ADAMW,
     CASES,
     SGD,
+    SLOW_SGD,
     WHOLE,
     Run,
     assert_same_curves,
@@ -38,6 +39,6 @@ def test_clipped_adamw_does_not_see_the_micro_batches(train: Run, case: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_hundred_steps_of_sgd(train: Run, case: str) -> None:
-    whole, accumulated = (train(case, SGD, layout, 100) for layout in (WHOLE, ACCUMULATED))
+    whole, accumulated = (train(case, SLOW_SGD, layout, 100) for layout in (WHOLE, ACCUMULATED))
     assert_same_curves(accumulated, whole)
     assert_same_weights(accumulated, whole)
