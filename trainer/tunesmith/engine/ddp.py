@@ -94,7 +94,7 @@ class DDPEngine(SingleEngine):
     def close(self) -> None:
         # DDP's reducer holds the process group too. Were it the last to let go, gloo's threads would be joined under
         # the GIL, for which one of them may be waiting to drop the last collective's tensors: a deadlock (pytorch
-        # issue 56297; seen about once in a hundred runs). Python's own reference is dropped without the GIL, so it comes last.
+        # issue 56297; seen about once in a hundred runs). Python's own reference is dropped without the GIL: last.
         vars(self).pop("module", None)
         self.accelerator.free_memory()
         self.accelerator.end_training()
