@@ -171,3 +171,9 @@ def test_the_folder_says_what_ran(tmp_path: Path) -> None:
         assert set(keys.split()) <= row.keys()
     assert [row["samples"] for row in metrics(recipe)][:2] == [8, 16]
     assert (run_dir(recipe) / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 8), (0.5, 4), (0.1, 1), (0.375, 3), (1.01, 9)])
+def test_a_part_of_an_epoch_rounds_up_to_whole_steps(tmp_path: Path, epochs: float, steps: int) -> None:
+    training = {"max_steps": None, "num_train_epochs": epochs, "global_batch_size": 8}
+    assert facts(trained(tmp_path, training=training))["total_steps"] == steps

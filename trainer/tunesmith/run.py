@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,8 @@ def count_steps(recipe: Recipe, stream: Stream) -> int:
         return recipe.training.max_steps
     epochs = recipe.training.epochs
     assert epochs is not None
-    return max(1, -int(-epochs * stream.steps_per_epoch // 1))
+    # 0.1 epochs of 30 steps are 3 steps, not the 4 that 3.0000000000000004 rounds up to
+    return max(1, ceil(round(epochs * stream.steps_per_epoch, 9)))
 
 
 def best_metric(recipe: Recipe, objective: Objective) -> tuple[str, bool]:

@@ -17,8 +17,11 @@ PACKING_TOLERANCE = 1e-4  # relative, fp32: measured < 1e-6 where packing isolat
 def probe(engine: Engine, stream: Stream) -> dict[str, float | int | list[str]]:
     """One forward and backward of the longest rows, on the unwrapped module: what fails for want of memory fails
     now. Parameters that the loss does not use are noted in the module, which touches them in every step."""
-    longest = int(stream.dataset.table.lengths().argmax())
-    cell = [[longest]] * min(stream.per_device, len(stream.dataset))
+    lengths = stream.dataset.table.lengths()
+    longest = int(lengths.argmax())
+    # packed, a sequence is filled up to its length
+    repeats = 1 if stream.pack_length is None else max(1, stream.pack_length // int(lengths[longest]))
+    cell = [[longest] * repeats] * min(stream.per_device, len(stream.dataset))
     batch = stream.batch(cell, 0, longest)
     try:
         loss = _loss(engine, batch)

@@ -25,8 +25,8 @@ Format = Literal[
 class Source(Section):
     """`path` is a file, a folder of files, a hub id (`hub:owner/name`) or a builtin source
     (`builtin:stdlib_docstrings`). `columns` maps the format's own names to the names in the file.
-    `weight` is how many times each row is drawn per epoch: 2 draws every row twice, 0.5 a fresh half of
-    them each epoch. `constants` gives a column one value for all rows of the source (`{label: pos}`).
+    `weight` is how many times each row is drawn per epoch: 2 draws every row twice, 0.5 half of
+    them, the other half in the next. `constants` gives a column one value for all rows of the source (`{label: pos}`).
     `delimiter`, `header` and `quoting` are CSV's and TSV's; without a header the columns are called "0",
     "1", …; `split_by` says what a row of a plain-text file is (auto: the file for format `text`, else the
     line)."""
