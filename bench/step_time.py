@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,6 @@ class Bench:
             def on_step_begin(self, *_: Any, **__: Any) -> None:
                 marks.append(time.perf_counter())
 
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                marks.append(time.perf_counter())
-
         rows = [int(row) for step in range(first, first + steps) for row in self.stream.window(step)]
         data = [
             {"input_ids": r["input_ids"].tolist(), "labels": int(r["labels"][0])}
@@ -134,7 +132,8 @@ class Bench:
             self.trainer_model, arguments, train_dataset=data, data_collator=DataCollatorWithPadding(self.tokenizer),
             callbacks=[Clock()],
         ).train()  # fmt: skip
-        return [marks[i + 1] - marks[i] for i in range(0, len(marks) - 1, 2)]
+        # from one step's beginning to the next: with the making of the batch, as in the two loops
+        return [end - begin for begin, end in pairwise(marks)]
 
 
 def _timed(step: Callable[[int], None], first: int, steps: int) -> list[float]:
