@@ -63,7 +63,7 @@ class RunState:
             self.progress.step,
             [write],
             recipe_sha256=mathematics_hash(recipe),
-            meta={"epoch_rows": None},
+            meta={},
             group=self.engine,
             keep=keep,
             protect=protect,
