@@ -18,11 +18,12 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 install: $(INSTALLED)
 
 # torch goes first and by its exact version, so that a CPU wheel that pip is configured to find is taken as it
-# is; the build backend goes with it, so that pip builds tunesmith from the pins, not in an environment apart.
+# is; the build backends go with it, so that pip builds tunesmith and deepspeed (which reads torch's version) from
+# the pins, not in an environment apart.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) $(TORCH) hatchling editables
-	$(PIP) --no-build-isolation --editable '.[dev,quickstart,wandb,bitsandbytes,triton]'
+	$(PIP) $(TORCH) hatchling editables setuptools
+	$(PIP) --no-build-isolation --editable '.[dev,quickstart,wandb,bitsandbytes,deepspeed,triton]'
 	touch $@
 
 # Fine-tunes a real pretrained model on the CPU, in minutes; its run folder, runs/quickstart, is replaced.

@@ -24,7 +24,7 @@ from tunesmith.objectives.sft import SFTObjective
 from tunesmith.precision import choose
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
-from tunesmith.recipe.parallel import Parallel
+from tunesmith.recipe.parallel import Single
 from tunesmith.recipe.paths import resolve_paths
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 from tunesmith.tracking.text import size
@@ -42,7 +42,7 @@ def check(recipe: Recipe, base: Path) -> Iterator[Finding]:
     run_dir = Path(resolved.output_dir) / resolved.run_name
     yield from _output(run_dir)
     yield from _tracking(resolved)
-    alone = resolved.model_copy(update={"parallel": Parallel(strategy="single")})
+    alone = resolved.model_copy(update={"parallel": Single(strategy="single")})
     engine = attempt("device", lambda: build_engine(alone))
     yield from _device(resolved, engine)
     prepared = attempt("tokenizer", lambda: _objective(resolved, base))

@@ -23,7 +23,7 @@ from tunesmith.precision import choose
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import load_recipe
-from tunesmith.recipe.parallel import Parallel
+from tunesmith.recipe.parallel import Single
 from tunesmith.tokenizer import tokenizer_for
 
 
@@ -58,7 +58,7 @@ def open_run(run_dir: Path, checkpoint: int | None = None) -> FinishedRun:
     objective.load_state(_objective_state(run_dir))
     loaded = _model(recipe, run_dir, final, objective, tokenizer)
     # one process, whatever the run was spread over
-    engine = build_engine(recipe.model_copy(update={"parallel": Parallel(strategy="single")}))
+    engine = build_engine(recipe.model_copy(update={"parallel": Single(strategy="single")}))
     precision, _ = choose(recipe.training.precision, engine.device)
     module = TrainModule(loaded.model, objective, precision)
     engine.prepare(module, lambda m: torch.optim.SGD(m.parameters(), lr=0.0))

@@ -103,6 +103,11 @@ _OURS = {
     "parallel.strategy: zero2 (or zero1, zero3)": "deepspeed deepspeed_config zero_stage zero_optimization",
     "parallel.strategy: fsdp2": "fsdp fsdp_config fsdp_version fsdp_sharding_strategy",
     "parallel.timeout": "ddp_timeout ddp_timeout_seconds nccl_timeout process_group_timeout",
+    "parallel.tensor_parallel_size": "tp_size tp_degree tensor_parallel_degree tensor_parallel",
+    "parallel.shard_size": "dp_shard_size hsdp_shard_size hybrid_shard_size fsdp_size dp_shard",
+    "parallel.offload_optimizer": "offload_optimizer_device cpu_offload_optimizer",
+    "parallel.offload_parameters": "offload_param offload_param_device",
+    "parallel.offload": "fsdp_offload_params cpu_offload offload_params",
     "kernels: auto": """use_liger_kernel enable_liger_kernel use_liger liger_kernel liger_rope liger_rms_norm
         liger_cross_entropy liger_fused_linear_cross_entropy use_unsloth use_triton use_kernels""",
     "evaluation.eval_steps": """eval_strategy evaluation_strategy evals_per_epoch eval_freq eval_every
@@ -171,8 +176,8 @@ _NOTES = {
         training_arguments trainer trainer_args sft_config sft""",
     _ABSENT: """neftune_noise_alpha noisy_embedding_alpha class_weights class_weight focal_loss focal_gamma
         torch_compile compile streaming push_to_hub hub_model_id hub_strategy auto_find_batch_size tf32 fp8
-        tensor_parallel_size pipeline_parallel_size context_parallel_size sequence_parallel_size
-        sequence_parallel_degree tp_size cp_size ema model_ema teacher_model_name_or_path kd_ratio mixup
+        pipeline_parallel_size context_parallel_size sequence_parallel_size
+        sequence_parallel_degree cp_size ema model_ema teacher_model_name_or_path kd_ratio mixup
         galore_rank use_galore use_badam lisa_n_layers curriculum_sampling""",
     _NEEDLESS: """dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers
         dataloader_pin_memory dataloader_prefetch_factor dataloader_drop_last num_workers plot_loss

@@ -15,7 +15,7 @@ from tunesmith.recipe.evaluation import Evaluation
 from tunesmith.recipe.model import Model
 from tunesmith.recipe.objective import Objective
 from tunesmith.recipe.optim import AdamW, Optim
-from tunesmith.recipe.parallel import Parallel
+from tunesmith.recipe.parallel import Auto, Parallel
 from tunesmith.recipe.schedule import Linear, Schedule
 from tunesmith.recipe.tracking import Tracking
 from tunesmith.recipe.trainable import Trainable
@@ -25,7 +25,11 @@ from tunesmith.recipe.training import Training
 def with_default_tags(values: dict[str, Any]) -> dict[str, Any]:
     """A tagged union has no default tag of its own: `optim: {learning_rate: 3e-4}` means AdamW."""
     values = dict(values)
-    for section, tag, default in (("optim", "name", "adamw"), ("schedule", "lr_scheduler_type", "linear")):
+    for section, tag, default in (
+        ("optim", "name", "adamw"),
+        ("schedule", "lr_scheduler_type", "linear"),
+        ("parallel", "strategy", "auto"),
+    ):
         if isinstance(values.get(section), dict):
             values[section] = {tag: default, **values[section]}
     return values
@@ -41,7 +45,7 @@ class Recipe(Section):
     optim: Optim = Field(default_factory=AdamW)
     schedule: Schedule = Field(default_factory=Linear)
     training: Training = Field(default_factory=Training)
-    parallel: Parallel = Field(default_factory=Parallel)
+    parallel: Parallel = Field(default_factory=Auto)
     kernels: Literal["auto", "reference"] = "auto"
     evaluation: Evaluation = Field(default_factory=Evaluation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
