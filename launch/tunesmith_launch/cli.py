@@ -77,6 +77,12 @@ def train(
         bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart", help="For a job that is started again: --resume where it can, else begin again."
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be started.")] = False,
 ) -> None:
     """Train what a recipe describes.
@@ -88,7 +94,15 @@ def train(
     from tunesmith_launch.train import train
 
     options = Options(num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
-    code = train(recipe, overrides or [], options, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    code = train(
+        recipe,
+        overrides or [],
+        options,
+        resume=resume,
+        overwrite=overwrite,
+        restart=restart,
+        dry_run=dry_run,
+    )
     raise typer.Exit(code)
 
 

@@ -21,19 +21,21 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    restart: bool = False,
     dry_run: bool = False,
 ) -> int:
     """The exit code of the run (docs/run-folder.md). Raises UserError before anything is started."""
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
+    given = (("--resume", resume), ("--overwrite", overwrite), ("--restart", restart))
+    how = [flag for flag, is_given in given if is_given]
+    if len(how) > 1:
+        raise UserError(f"{' and '.join(how)} exclude each other")
     loaded = load_recipe(recipe, overrides)
     folder = run_folder(loaded.recipe, loaded.base)
-    if holds_a_run(folder) and not (resume or overwrite or dry_run):
+    if holds_a_run(folder) and not (how or dry_run):
         raise UserError(
             f"{folder} holds a run: continue it with --resume, replace it with --overwrite, or set run_name"
         )
     found = cluster.resolve(options, loaded, os.environ)
-    how = [flag for flag, given in (("--resume", resume), ("--overwrite", overwrite)) if given]
     started = command.build([str(recipe), *overrides, *how], found, os.environ, sys.executable)
     if dry_run:
         print(started.render())

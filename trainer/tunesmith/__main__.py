@@ -1,5 +1,5 @@
-"""One rank of a run: `python -m tunesmith RECIPE [section.key=value …] [--resume | --overwrite]`, started alone, by
-`tunesmith train`, `accelerate launch` or `torchrun`."""
+"""One rank of a run: `python -m tunesmith RECIPE [section.key=value …] [--resume | --overwrite | --restart]`, started
+alone, by `tunesmith train`, `accelerate launch` or `torchrun`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
     how.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    how.add_argument(
+        "--restart", action="store_true", help="continue from a whole checkpoint, or begin again"
+    )
     return parser.parse_intermixed_args(arguments)
 
 
@@ -124,7 +127,7 @@ def _raise_signalled(number: int, frame: FrameType | None) -> None:
 def own_folder(loaded: Loaded, given: argparse.Namespace, *, clean: bool) -> Path | None:
     """The run's folder, cleaned of how an earlier run ended; None where it holds a run that is to be left alone."""
     folder = run_folder(loaded.recipe, loaded.base)
-    if holds_a_run(folder) and not (given.resume or given.overwrite):
+    if holds_a_run(folder) and not (given.resume or given.overwrite or given.restart):
         return None
     if clean:
         (folder / "exit.json").unlink(missing_ok=True)
@@ -134,7 +137,7 @@ def own_folder(loaded: Loaded, given: argparse.Namespace, *, clean: bool) -> Pat
 def train(loaded: Loaded, given: argparse.Namespace) -> None:
     from tunesmith.run import Resume, run
 
-    run(loaded.recipe, loaded.base, Resume(given.resume, given.overwrite))
+    run(loaded.recipe, loaded.base, Resume(given.resume, given.overwrite, given.restart))
 
 
 def finish(code: int, reason: str, rank: int, folder: Path | None, supervisor: Supervisor | None) -> bool:

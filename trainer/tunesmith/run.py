@@ -23,7 +23,7 @@ from tunesmith.data.stream import Stream
 from tunesmith.ending import holds_a_run
 from tunesmith.engine import Engine, build_engine
 from tunesmith.environment import git_commit, host, versions
-from tunesmith.errors import UserError
+from tunesmith.errors import TunesmithError, UserError
 from tunesmith.export import export_final
 from tunesmith.loop import Loop
 from tunesmith.loss_scale import LossScale
@@ -48,10 +48,13 @@ from tunesmith.trainable import apply_trainable
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """`--resume` (the newest whole checkpoint of the run) or `--overwrite`; neither refuses a used folder."""
+    """`--resume` (the newest whole checkpoint of the run), `--overwrite`, or `--restart` (what a job that may be
+    started again passes always: the newest whole checkpoint, or from the beginning where there is none); none of
+    them refuses a used folder."""
 
     resume: bool = False
     overwrite: bool = False
+    restart: bool = False
 
 
 def run(recipe: Recipe, base: Path, how: Resume) -> None:
@@ -171,12 +174,12 @@ def what_next(run_dir: Path) -> dict[str, str]:
 
 def open_run_dir(engine: Engine, run_dir: Path, how: Resume) -> Checkpoint | None:
     """Makes the folder on rank 0; the checkpoint to continue from, the same on every rank."""
-    error: UserError | None = None
+    error: TunesmithError | None = None
     found: Checkpoint | None = None
     if engine.rank == 0:
         try:
             found = _open(run_dir, how)
-        except UserError as caught:
+        except TunesmithError as caught:
             error = caught
     error = engine.broadcast(error)
     if error is not None:
@@ -185,18 +188,22 @@ def open_run_dir(engine: Engine, run_dir: Path, how: Resume) -> Checkpoint | Non
 
 
 def _open(run_dir: Path, how: Resume) -> Checkpoint | None:
-    used = holds_a_run(run_dir)
-    if how.resume:
+    if how.resume or how.restart:
         clean_leftovers(run_dir)
+    used = holds_a_run(run_dir)
+    if how.resume or how.restart:
         found = find_latest(run_dir)
         for broken in found.skipped:
             print(f"skipped {broken.path.name}: {broken.reason}", flush=True)
-        if found.latest is None and used:
+        if found.latest is not None:
+            return found.latest
+        if how.resume and used:
             raise UserError(f"--resume: {run_dir} has no whole checkpoint; start again with --overwrite")
-        if found.latest is None:
+        if how.resume:
             raise UserError(f"--resume: there is no run in {run_dir}")
-        return found.latest
-    if used and not how.overwrite:
+        if used:
+            print(f"--restart: {run_dir} has no whole checkpoint: the run begins again", flush=True)
+    elif used and not how.overwrite:
         raise UserError(
             f"{run_dir} holds a run: continue it with --resume, replace it with --overwrite, or set run_name"
         )
