@@ -16,7 +16,8 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROU
 @dataclass(frozen=True, slots=True)
 class Cluster:
     """The processes to start. `num_processes` is the sum over all machines; `accelerators` and `cores` are those of
-    this machine, 0 accelerators meaning that the run computes on the CPU."""
+    this machine, 0 accelerators meaning that the run computes on the CPU; `interface` is the network's, to the other
+    machines."""
 
     num_processes: int = 1
     num_machines: int = 1
@@ -25,6 +26,7 @@ class Cluster:
     main_process_port: int | None = None
     accelerators: int = 0
     cores: int = 1
+    interface: str | None = None
 
     @property
     def processes_here(self) -> int:
@@ -77,6 +79,10 @@ def build(arguments: Sequence[str], cluster: Cluster, environ: Mapping[str, str]
         env["OMP_NUM_THREADS"] = str(max(1, cluster.cores // cluster.processes_here))
     if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in environ:
         env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "300"  # seconds for the ranks' last save; 30 by default
+    if cluster.interface is not None and "GLOO_SOCKET_IFNAME" not in environ:
+        env["GLOO_SOCKET_IFNAME"] = cluster.interface
+    if cluster.interface is not None and "NCCL_SOCKET_IFNAME" not in environ:
+        env["NCCL_SOCKET_IFNAME"] = f"={cluster.interface}"  # without the sign, bond0 means bond0.100 too
     flags = {
         "--config_file": str(ACCELERATE_CONFIG),
         "--num_processes": str(cluster.num_processes),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.ending import holds_a_run, run_folder
-from tunesmith.errors import UserError
+from tunesmith.errors import MachineError, UserError
 from tunesmith.recipe.load import load_recipe
-from tunesmith_launch import cluster, command
+from tunesmith_launch import cluster, command, interface
 from tunesmith_launch.supervise import supervise
 
 
@@ -36,6 +37,8 @@ def train(
             f"{folder} holds a run: continue it with --resume, replace it with --overwrite, or set run_name"
         )
     found = cluster.resolve(options, loaded, os.environ)
+    if found.num_machines > 1 and not all(name in os.environ for name in interface.VARIABLES):
+        found = replace(found, interface=_interface(found, dry_run=dry_run))
     started = command.build([str(recipe), *overrides, *how], found, os.environ, sys.executable)
     if dry_run:
         print(started.render())
@@ -43,3 +46,17 @@ def train(
     if found.machine_rank == 0:
         (folder / "exit.json").unlink(missing_ok=True)
     return supervise(started, folder)
+
+
+def _interface(found: command.Cluster, *, dry_run: bool) -> str | None:
+    assert found.main_process_ip is not None
+    assert found.main_process_port is not None
+    if not dry_run:
+        return interface.toward(found.main_process_ip, found.main_process_port)
+    try:
+        return interface.toward(found.main_process_ip, found.main_process_port, wait=0)
+    except (
+        MachineError
+    ) as error:  # the machine that only shows what would be started need not be one of the cluster
+        print(f"without {' and '.join(interface.VARIABLES)}: {error}", file=sys.stderr)
+        return None
