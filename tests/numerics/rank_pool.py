@@ -8,10 +8,13 @@ import random
 import socket
 import sys
 import traceback
+from copy import copy
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from tunesmith.recipe import Recipe
 
@@ -76,6 +79,19 @@ def _free_port() -> int:
             return port
 
 
+def _deepspeed_globals() -> list[tuple[ModuleType, dict[str, Any]]]:
+    """DeepSpeed's modules that keep process groups, with the values of a process that has made none."""
+    import deepspeed.comm.comm
+    import deepspeed.comm.torch
+    import deepspeed.utils.groups
+
+    modules = [deepspeed.comm.comm, deepspeed.comm.torch, deepspeed.utils.groups]
+    return [
+        (module, {k: copy(v) for k, v in vars(module).items() if v is None or isinstance(v, dict | bool | int)})
+        for module in modules
+    ]
+
+
 def _serve(rank: int, world_size: int, pipe: Connection) -> None:
     """What torchrun sets, then run after run, each with a process group of its own."""
     os.environ |= {
@@ -96,6 +112,8 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
     from tunesmith.run import Resume, run
 
     torch.set_num_threads(1)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    environment, fresh = dict(os.environ), _deepspeed_globals()
     while True:
         try:
             recipe, base, port = pipe.recv()
@@ -107,5 +125,9 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
             pipe.send("")
         except BaseException:  # noqa: BLE001 — the test reports it
             pipe.send(f"rank {rank}:\n{traceback.format_exc()}")
-        # accelerate keeps its state for the life of a process, which elsewhere is one run
+        # accelerate keeps its state, and what it told DeepSpeed, for the life of a process, which elsewhere is one run
+        os.environ.clear()
+        os.environ |= environment
+        for module, values in fresh:
+            vars(module).update(values)
         AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+from tunesmith.culprit import Beat, Verdict
 from tunesmith.ending import (
     INTERRUPTED,
     PEER_LOST,
@@ -32,7 +33,9 @@ from tunesmith.ending import (
     wait_for_word,
 )
 from tunesmith.errors import MachineError
+from tunesmith.peers import Peers
 from tunesmith.recipe.load import Loaded, load_recipe
+from tunesmith.watchdog import Watchdog, keep_records
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -52,11 +55,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 class Supervisor:
     """The rank's line to the `tunesmith train` that started it. It gives this process the terminal's stderr (the
-    launcher between them writes its own elsewhere), says how the rank ended, and its break means that nobody
-    watches any more: the rank then stops as if by SIGTERM."""
+    launcher between them writes its own elsewhere), says once a second where the rank is and at last how it ended,
+    and its break means that nobody watches any more: the rank then stops as if by SIGTERM. A crash leaves Python's
+    stacks on it."""
 
     def __init__(self, path: str, rank: int) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
+        self._lock = threading.Lock()
+        self._unsent = b""
         try:
             self._socket.connect(path)
             self._say({"rank": rank, "pid": os.getpid()})
@@ -65,18 +71,45 @@ class Supervisor:
             raise MachineError("the `tunesmith train` that started this process is gone") from None
         os.dup2(stderr, 2)
         os.close(stderr)
+        faulthandler.enable(self._socket)
         threading.Thread(target=self._watch, daemon=True).start()
+        self.watchdog = Watchdog(self.beat) if several() else None
 
     def _watch(self) -> None:
         if not self._socket.recv(1):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _say(self, message: object) -> None:
-        self._socket.sendall(json.dumps(message).encode() + b"\n")
+    def _say(self, message: object, *, wait: bool = True) -> None:
+        """`wait=False`: nothing more is said while the other end has not read what was said before."""
+        with self._lock:
+            data = self._unsent + json.dumps(message).encode() + b"\n"
+            if wait:
+                self._unsent = b""
+                self._socket.sendall(data)
+                return
+            with contextlib.suppress(BlockingIOError):
+                if self._unsent:
+                    self._unsent = self._unsent[self._socket.send(self._unsent, socket.MSG_DONTWAIT) :]
+                if not self._unsent:
+                    data = json.dumps(message).encode() + b"\n"
+                    self._unsent = data[self._socket.send(data, socket.MSG_DONTWAIT) :]
+
+    def beat(self, beat: Beat) -> bool:
+        try:
+            self._say({"beat": beat.to_json()}, wait=False)
+        except OSError:
+            return False
+        return True
 
     def report(self, ending: Ending) -> None:
         with contextlib.suppress(OSError):  # gone: exit.json and the exit code are left
+            if ending.code == PEER_LOST and self.watchdog is not None:
+                self._say({"beat": self.watchdog.last_words().to_json()})
             self._say(asdict(ending))
+
+
+def several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,18 +40,18 @@ def predict_rows(
     sums = torch.zeros(len(objective.terms), dtype=torch.float64, device=engine.device)
     units = torch.zeros_like(sums)
     found: list[tuple[int, Any]] = []
-    window = engine.world_size * per_device
+    window = engine.data_size * per_device
     engine.module.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         for start in range(0, len(ordered), window):
-            (cells,) = deal(ordered[start : start + window], engine.world_size, per_device)
-            cell = cells[engine.rank] or ordered[:1]
+            (cells,) = deal(ordered[start : start + window], engine.data_size, per_device)
+            cell = cells[engine.data_rank] or ordered[:1]
             drawn = [
                 objective.draw(dataset.table.row(row), (seed, EVALUATION_EPOCH, row, Salt.ROW))
                 for row in cell
             ]
             batch = objective.collate(drawn, cell)
-            if not cells[engine.rank]:
+            if not cells[engine.data_rank]:
                 batch = batch.as_filler()
             result: Predicted = engine.forward(batch, "predict")
             sums += result.sums

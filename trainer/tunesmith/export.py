@@ -21,12 +21,13 @@ def stop_where_taught(model: Any, objective: Objective) -> None:
 def export_final(engine: Engine, tokenizer: Any, run_dir: Path) -> Path:
     """Writes model and tokenizer to `final/` (rank 0) and returns it. An older `final/` is replaced whole."""
     final = run_dir / "final"
+    whole = engine.whole_weights()
     if engine.rank == 0:
         temporary = run_dir / ".final.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         model: Any = engine.train_module.model
         stop_where_taught(model, engine.train_module.objective)
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=whole)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)

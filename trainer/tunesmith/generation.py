@@ -41,12 +41,12 @@ def generate(
     ordered = sorted(rows, key=lambda row: -len(prompts[row]))
     options = _options(objective, settings)
     found: dict[int, str] = {}
-    window = engine.world_size * per_device
+    window = engine.data_size * per_device
     engine.module.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         for start in range(0, len(ordered), window):
-            (cells,) = deal(ordered[start : start + window], engine.world_size, per_device)
-            cell = cells[engine.rank]
+            (cells,) = deal(ordered[start : start + window], engine.data_size, per_device)
+            cell = cells[engine.data_rank]
             chosen = [prompts[row] for row in cell or ordered[:1]]
             batch = prompt_batch(
                 chosen, objective.tokenizer.pad_token_id, left=objective.prompt_padding == "left"

@@ -74,8 +74,8 @@ class Loop:
             step = progress.step
             batches = self.stream.batches(
                 step,
-                engine.rank,
-                engine.world_size,
+                engine.data_rank,
+                engine.data_size,
                 prefetch=engine.device.type != "cpu" and step + 1 < self.total_steps,
             )
             result = train_step(

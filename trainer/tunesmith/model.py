@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from torch import nn
 from tunesmith.errors import MissingExtra, UserError
 from tunesmith.objectives.base import Objective
 from tunesmith.recipe.model import Model, TrainTokenizer
+from tunesmith.shapes import whole_numel
+from tunesmith.weights import Source
 
 
 @dataclass(slots=True)
@@ -22,6 +24,7 @@ class Loaded:
     model: Any
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     notes: list[str] = field(default_factory=list[str])
+    fill: Callable[[torch.device], None] = lambda device: None
 
 
 def resolve_path(name: str, base: Path) -> str:
@@ -100,8 +103,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def load_model(settings: Model, base: Path, objective: Objective, tokenizer: Any, seed: int) -> Loaded:
-    """The model with the objective's head, in fp32 on the CPU. New weights are drawn by `seed`."""
+def load_model(
+    settings: Model, base: Path, objective: Objective, tokenizer: Any, seed: int, *, empty: bool = False
+) -> Loaded:
+    """The model with the objective's head, in fp32 on the CPU. New weights are drawn by `seed`. `empty`: on the meta
+    device, to be sharded; then `fill` loads."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -130,8 +136,18 @@ def load_model(settings: Model, base: Path, objective: Objective, tokenizer: Any
         raise UserError(f"model.config: {type(config).__name__} has no {', '.join(unknown)}")
     if settings.dropout is not None:
         loaded.facts["dropout"] = override_dropout(config, settings.dropout)
-    torch.manual_seed(seed)
-    loaded.model = _build(settings, path, config, objective, loaded)
+    source = _source(settings, path, config, objective, seed)
+    if empty:
+        loaded.model = _attempt(settings, objective, source.empty)
+
+        def fill(device: torch.device) -> None:
+            found = _attempt(settings, objective, lambda: source.fill(loaded.model, device))
+            _tell(loaded, source.path, found)
+
+        loaded.fill = fill
+    else:
+        loaded.model, found = _attempt(settings, objective, source.whole)
+        _tell(loaded, source.path, found)
     _fit_vocabulary(loaded, tokenizer)
     if settings.gradient_checkpointing:
         if not loaded.model.supports_gradient_checkpointing:
@@ -143,7 +159,7 @@ def load_model(settings: Model, base: Path, objective: Objective, tokenizer: Any
         (enable or loaded.model.gradient_checkpointing_enable)({"use_reentrant": False})
     if settings.trust_remote_code:
         loaded.notes.append("trust_remote_code: code that comes with the model runs in this process")
-    total = sum(p.numel() for p in loaded.model.parameters())
+    total = sum(whole_numel(p) for p in loaded.model.parameters())
     attention = getattr(loaded.model.config, "_attn_implementation", "unknown")
     loaded.facts |= {
         "model_class": type(loaded.model).__name__,
@@ -159,39 +175,47 @@ def _config_fields(config_class: Any) -> set[str]:
     return {*declared, *vars(config_class()), *config_class.attribute_map, "model_type"}
 
 
-def _build(settings: Model, path: str | None, config: Any, objective: Objective, loaded: Loaded) -> Any:
-    attention, auto_class = settings.attn_implementation, objective.auto_class
+def _source(settings: Model, path: str | None, config: Any, objective: Objective, seed: int) -> Source:
+    return Source(
+        objective.auto_class,
+        config,
+        path if settings.init == "pretrained" else None,
+        settings.revision,
+        settings.attn_implementation,
+        settings.trust_remote_code,
+        seed,
+    )
+
+
+_T = TypeVar("_T")
+
+
+def _attempt(settings: Model, objective: Objective, action: Callable[[], _T]) -> _T:
+    """The action's result, transformers' errors as the user's."""
     try:
-        if settings.init == "from_config":
-            model = auto_class.from_config(
-                config, attn_implementation=attention, trust_remote_code=settings.trust_remote_code
-            ).float()
-            loaded.facts["weights"] = "random (init: from_config)"
-            return model
-        assert path is not None
-        model, info = auto_class.from_pretrained(
-            path,
-            config=config,
-            revision=settings.revision,
-            attn_implementation=attention,
-            dtype=torch.float32,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-        )
+        return action()
     except ImportError as error:
-        raise UserError(f"model.attn_implementation: {attention}: {_first_line(error)}") from None
-    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"model.model_name_or_path: does not load as {auto_class.__name__}: {_first_line(error)}"
+            f"model.attn_implementation: {settings.attn_implementation}: {_first_line(error)}"
         ) from None
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        name = objective.auto_class.__name__
+        raise UserError(f"model.model_name_or_path: does not load as {name}: {_first_line(error)}") from None
+
+
+def _tell(loaded: Loaded, path: str | None, found: dict[str, Any]) -> None:
+    if path is None:
+        loaded.facts["weights"] = "random (init: from_config)"
+        return
     loaded.facts["weights"] = str(path)
-    if new := sorted(info["missing_keys"]):
+    if new := sorted(found["missing_keys"]):
         loaded.facts["new_weights"] = new
         loaded.notes.append(f"new weights, drawn at random: {_few(new)}")
-    if unused := sorted(info["unexpected_keys"]):
+    if unused := sorted(found["unexpected_keys"]):
         loaded.facts["unused_weights"] = unused
         loaded.notes.append(f"weights of the checkpoint that this model does not use: {_few(unused)}")
-    return model
 
 
 def _fit_vocabulary(loaded: Loaded, tokenizer: Any) -> None:

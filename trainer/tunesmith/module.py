@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
+class Loss(NamedTuple):
     """`total` is what backward takes: Σ weight × sum / normalizer over the terms (0-dim fp32). `parts` are the
-    terms' sum / normalizer, detached [terms]."""
+    terms' sum / normalizer, detached [terms]. A tuple: sharding engines look for the tensors in what a forward
+    returns, to be told when its backward begins."""
 
     total: Tensor
     parts: Tensor

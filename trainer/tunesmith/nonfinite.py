@@ -16,8 +16,8 @@ def explain_nonfinite(engine: Engine, stream: Stream, step: int, seed: int) -> s
     epoch, window = stream.position(step).epoch, stream.window(step)
     own = [
         (micro_step, row)
-        for micro_step, ranks in enumerate(stream.cells(step, engine.world_size))
-        for sequence in ranks[engine.rank]
+        for micro_step, ranks in enumerate(stream.cells(step, engine.data_size))
+        for sequence in ranks[engine.data_rank]
         for row in sequence
     ]
     forwards = max(engine.gather(len(own)))
@@ -26,7 +26,7 @@ def explain_nonfinite(engine: Engine, stream: Stream, step: int, seed: int) -> s
     for i in range(forwards):
         micro_step, row = own[i] if i < len(own) else (0, None)
         batch = stream.batch([] if row is None else [[row]], epoch, int(window[0]))
-        seed_generators(seed, step, micro_step, engine.rank)
+        seed_generators(seed, step, micro_step, engine.data_rank)
         engine.optimizer.zero_grad(set_to_none=True)
         with engine.accumulate(last=False):
             loss = engine.forward(batch, "loss", ones)
@@ -36,7 +36,7 @@ def explain_nonfinite(engine: Engine, stream: Stream, step: int, seed: int) -> s
         place = stream.dataset.place(row)
         if not torch.isfinite(loss.total):
             found.append(f"{place} (rank {engine.rank}): its loss is {float(loss.total)}")
-        elif not _finite_gradients(engine):
+        elif not engine.local_gradients_finite():
             found.append(f"{place} (rank {engine.rank}): its gradient is not finite")
     engine.optimizer.zero_grad(set_to_none=True)
     everywhere = [text for part in engine.gather(found) for text in part]
@@ -45,8 +45,3 @@ def explain_nonfinite(engine: Engine, stream: Stream, step: int, seed: int) -> s
         return f"the sample at {everywhere[0]}{more}"
     first, last = stream.dataset.place(int(window.min())), stream.dataset.place(int(window.max()))
     return f"no row of the step is non-finite alone; its {len(window)} rows lie between {first} and {last}"
-
-
-def _finite_gradients(engine: Engine) -> bool:
-    gradients = (p.grad for p in engine.train_module.parameters())
-    return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)

@@ -3,7 +3,8 @@ and one step that scales the gradient and can be suppressed on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from tunesmith.recipe.optim import (
     Optim,
     RMSprop,
 )
+from tunesmith.shapes import whole_shape
 
 _FUSED_DEVICES = {"cpu", "cuda"}
 
@@ -43,12 +45,11 @@ def parameter_groups(module: nn.Module, settings: Optim) -> list[dict[str, Any]]
     under its first name. A group has the keys `params`, `names` (as in `named_parameters`), `tag`, `lr`,
     `lr_scale` (see `set_learning_rates`) and `weight_decay`; a group without parameters is left out.
 
-    To be called before an engine shards or flattens the parameters: it goes by their shapes.
+    To be called before an engine flattens the parameters: it goes by their whole shapes.
     Raises UserError if no parameter is trainable.
     """
     members: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": []}
     for name, parameter, decays in _trainable(module):
-        assert parameter.numel() > 0, f"{name}: the placeholder of a sharded parameter has no shape to go by"
         members["decay" if decays else "no_decay"].append((name, parameter))
     if not any(members.values()):
         raise UserError("trainable: no parameter is left to train: freeze fewer, or unfreeze some")
@@ -75,7 +76,7 @@ def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
             if not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
-            decays = parameter.dim() > 1 and not is_norm and not leaf.endswith("bias")
+            decays = len(whole_shape(parameter)) > 1 and not is_norm and not leaf.endswith("bias")
             yield (f"{prefix}.{leaf}" if prefix else leaf), parameter, decays
 
 
@@ -171,30 +172,52 @@ def step(optimizer: Optimizer, coefficient: Tensor, skip: Tensor) -> None:
     The fused optimizers do it without waiting for the device; the others (RMSprop, Adafactor, 8-bit) read
     both numbers on the host, once. The gradients are not preserved.
     """
+    with scaled(optimizer, coefficient, skip):
+        optimizer.step()
+
+
+@contextmanager
+def scaled(optimizer: Optimizer, coefficient: Tensor, skip: Tensor) -> Generator[None]:
+    """Makes every `optimizer.step()` inside what `step` describes: for an engine that calls it by itself, and on
+    parameters of its own."""
     if optimizer.param_groups[0].get("fused"):
-        _fused_step(cast(_FusedOptimizer, optimizer), coefficient, skip)
+        with _fused(cast(_FusedOptimizer, optimizer), coefficient, skip):
+            yield
         return
     suppressed, factor = torch.stack([(skip != 0).double(), coefficient.double()]).tolist()
-    if suppressed:
-        return
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if factor != 1.0:
-        torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-    optimizer.step()
+
+    def prepare(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if suppressed:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # a parameter without a gradient is left alone
+        elif factor != 1.0:
+            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+    hook = optimizer.register_step_pre_hook(prepare)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
-def _fused_step(optimizer: _FusedOptimizer, coefficient: Tensor, skip: Tensor) -> None:
-    if isinstance(optimizer, torch.optim.SGD):
-        _fill_momentum(optimizer)
+@contextmanager
+def _fused(optimizer: _FusedOptimizer, coefficient: Tensor, skip: Tensor) -> Generator[None]:
+    hook = (
+        optimizer.register_step_pre_hook(_fill_momentum) if isinstance(optimizer, torch.optim.SGD) else None
+    )
     optimizer.grad_scale = coefficient.float().reciprocal()
     optimizer.found_inf = (skip != 0).float()
     try:
-        optimizer.step()
+        yield
     finally:
         del optimizer.grad_scale, optimizer.found_inf
+        if hook is not None:
+            hook.remove()
 
 
-def _fill_momentum(optimizer: torch.optim.SGD) -> None:
+def _fill_momentum(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Momentum buffers of zeros, where there is none yet. torch's fused SGD (2.13) begins with uninitialised
     memory, which a suppressed first step leaves in place, and fails on a parameter whose first gradient comes
     later than the others'. From zeros the first update is the same: momentum × 0 + gradient."""

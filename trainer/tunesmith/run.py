@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from tunesmith import optim
 from tunesmith.checkpoint.run_state import RunState, load_weights
 from tunesmith.checkpoint.state import Progress
 from tunesmith.checkpoint.store import Checkpoint, clean_leftovers, find_latest
@@ -87,11 +86,14 @@ def _train(
     datasets = prepare(recipe.data, base, objective, tokenizer_hash(tokenizer))
     engine.wait_for_all("data")
 
-    loaded = load_model(recipe.model, base, objective, tokenizer, recipe.training.seed)
+    # an engine that shards gets a model without weights, and loads each rank's part of them when it has sharded it
+    loaded = load_model(
+        recipe.model, base, objective, tokenizer, recipe.training.seed, empty=engine.builds_empty
+    )
     # freezing before the optimizer, which takes only what is trained
     trainable = apply_trainable(loaded.model, recipe.trainable)
     module = TrainModule(loaded.model, objective, precision)
-    engine.prepare(module, lambda m: optim.build(recipe.optim, optim.parameter_groups(m, recipe.optim)))
+    engine.prepare(module, loaded.fill, recipe.optim)
 
     stream = build_stream(recipe, datasets["train"], objective)
     total_steps = count_steps(recipe, stream)
@@ -110,7 +112,7 @@ def _train(
 
     facts |= engine.facts() | loaded.facts | trainable
     facts |= {"precision": precision, "precision_why": why, "total_steps": total_steps}
-    facts |= batch_facts(recipe, stream, engine.world_size)
+    facts |= batch_facts(recipe, stream, engine.data_size)
     facts |= {"data": {name: dataset.facts for name, dataset in datasets.items()}}
     facts |= {
         "notes": [*notes, *loaded.notes, *objective.notes()],

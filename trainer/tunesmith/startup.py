@@ -9,7 +9,6 @@ from tunesmith.batch import Batch
 from tunesmith.data.stream import Stream
 from tunesmith.engine import Engine
 from tunesmith.errors import MachineError, TrainingStopped, UserError
-from tunesmith.module import Loss
 
 PACKING_TOLERANCE = 1e-4  # relative, fp32: measured < 1e-6 where packing isolates, > 0.3 where it leaks
 
@@ -23,23 +22,19 @@ def probe(engine: Engine, stream: Stream) -> dict[str, float | int | list[str]]:
     repeats = 1 if stream.pack_length is None else max(1, stream.pack_length // int(lengths[longest]))
     cell = [[longest] * repeats] * min(stream.per_device, len(stream.dataset))
     batch = stream.batch(cell, 0, longest)
+    ones = torch.ones(len(engine.train_module.objective.terms), device=engine.device)
     try:
-        loss = _loss(engine, batch)
-        loss.total.backward()
+        loss, unused = engine.rehearse(batch, ones)
     except torch.OutOfMemoryError:
         raise MachineError(
             f"the longest batch ({len(cell)} × {_width(batch)} tokens) does not fit into the memory of "
             f"{engine.device}: lower training.per_device_train_batch_size or data.max_length, or set "
             "model.gradient_checkpointing: true"
         ) from None
-    module = engine.train_module
-    unused = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
-    engine.optimizer.zero_grad(set_to_none=True)
-    module.zero_grad(set_to_none=True)
-    module.untouched = tuple(unused)
-    if not torch.isfinite(loss.total):
+    engine.train_module.untouched = tuple(unused)
+    if not torch.isfinite(loss):
         raise TrainingStopped(
-            f"the loss of the longest row ({stream.dataset.place(longest)}) is {float(loss.total)} before any training"
+            f"the loss of the longest row ({stream.dataset.place(longest)}) is {float(loss)} before any training"
         )
     return {"longest_row_tokens": _width(batch), "unused_parameters": unused}
 
@@ -78,11 +73,6 @@ def _logits(engine: Engine, batch: Batch) -> Tensor:
     """[sequences, positions, vocabulary] in fp32."""
     module = engine.train_module
     return module.objective.outputs(module.model, batch.to(engine.device))["logits"].float()
-
-
-def _loss(engine: Engine, batch: Batch) -> Loss:
-    ones = torch.ones(len(engine.train_module.objective.terms), device=engine.device)
-    return engine.train_module(batch.to(engine.device), "loss", ones)
 
 
 def _width(batch: Batch) -> int:

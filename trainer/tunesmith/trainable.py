@@ -9,6 +9,7 @@ from torch import nn
 
 from tunesmith.errors import UserError
 from tunesmith.recipe.trainable import Trainable
+from tunesmith.shapes import whole_numel
 
 
 def apply_trainable(model: nn.Module, settings: Trainable) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def apply_trainable(model: nn.Module, settings: Trainable) -> dict[str, Any]:
                 )
             for name in matched:
                 names[name].requires_grad_(wanted)
-    trained = sum(p.numel() for p in names.values() if p.requires_grad)
+    trained = sum(whole_numel(p) for p in names.values() if p.requires_grad)
     if trained == 0:
         raise UserError("trainable.freeze: nothing is left to train")
-    return {"trainable_parameters": trained, "total_parameters": sum(p.numel() for p in names.values())}
+    return {"trainable_parameters": trained, "total_parameters": sum(whole_numel(p) for p in names.values())}

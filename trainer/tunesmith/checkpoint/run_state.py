@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from tunesmith.checkpoint.pieces import Saved, file_prefix, save_pieces
 from tunesmith.checkpoint.publication import publish
 from tunesmith.checkpoint.state import Progress
 from tunesmith.checkpoint.store import Checkpoint, Pruned
@@ -39,24 +38,22 @@ class RunState:
     def save(
         self, run_dir: Path, recipe: Recipe, *, keep: int | None, protect: Collection[Path]
     ) -> tuple[Path, Pruned]:
-        """Publishes `checkpoint-{step}`. Replicated state is written by rank 0 alone."""
+        """Publishes `checkpoint-{step}`. What all ranks hold alike is written by rank 0 alone."""
 
         def write(folder: Path) -> list[Path]:
-            if self.engine.rank != 0:
-                return []
-            state = {
-                "progress": self.progress.state(),
-                "scale": self.scale.state(),
-                "plateau": None if self.plateau is None else self.plateau.state_dict(),
-                "extra": self.extra,
-                "recipe": recipe.model_dump(mode="json"),
-            }
-            weights = self.engine.train_module.model.state_dict()
-            return [
-                *save_state(folder / WEIGHTS, dict(weights)),
-                *save_state(folder / OPTIMIZER, self.engine.optimizer_state()),
-                *save_state(folder / TRAINER, state),
-            ]
+            engine = self.engine
+            files: list[Path] = []
+            for kind, state, sharded in (
+                (WEIGHTS, engine.weights(), engine.sharded),
+                (OPTIMIZER, engine.optimizer_state(), engine.sharded or engine.shards_optimizer),
+            ):
+                if sharded:
+                    files += save_pieces(folder / file_prefix(kind, engine.rank, engine.world_size), state)
+                elif engine.rank == 0:
+                    files += save_state(folder / kind, state)
+            if engine.rank == 0:
+                files += save_state(folder / TRAINER, self._rest(recipe))
+            return files
 
         return publish(
             run_dir,
@@ -69,11 +66,20 @@ class RunState:
             protect=protect,
         )
 
+    def _rest(self, recipe: Recipe) -> dict[str, Any]:
+        return {
+            "progress": self.progress.state(),
+            "scale": self.scale.state(),
+            "plateau": None if self.plateau is None else self.plateau.state_dict(),
+            "extra": self.extra,
+            "recipe": recipe.model_dump(mode="json"),
+        }
+
     def load(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
         """Restores everything, on every rank. Raises UserError where the recipe trains something else now."""
         refuse_other_recipe(checkpoint, recipe)
         load_weights(self.engine, checkpoint.path)
-        self.engine.load_optimizer_state(load_state(checkpoint.path / OPTIMIZER, self.engine.device))
+        self.engine.load_optimizer_state(Saved(checkpoint.path, OPTIMIZER))
         state = load_state(checkpoint.path / TRAINER)
         for name, value in Progress.from_state(state["progress"]).state().items():
             setattr(self.progress, name, value)
@@ -85,9 +91,7 @@ class RunState:
 
 def load_weights(engine: Engine, path: Path) -> None:
     """The weights of a checkpoint into the engine's model, in place."""
-    weights = load_state(path / WEIGHTS)
-    with torch.no_grad():
-        engine.train_module.model.load_state_dict(weights)
+    engine.load_weights(Saved(path, WEIGHTS))
 
 
 def mathematics_hash(recipe: Recipe) -> str:

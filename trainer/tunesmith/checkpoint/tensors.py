@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -64,7 +65,7 @@ def load_state(prefix: Path, map_location: torch.device | str = "cpu") -> Any:
     with safe_open(f"{prefix}.safetensors", framework="pt", device=str(map_location)) as file:
         # the clone leaves the file's memory map, which would keep a pruned checkpoint's disk space in use
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    return _decode(json.loads(Path(f"{prefix}.json").read_text("ascii")), tensors)
+    return decode(json.loads(Path(f"{prefix}.json").read_text("ascii")), tensors)
 
 
 def _encode(value: Any, where: str, tensors: dict[int, tuple[int, torch.Tensor]]) -> Any:
@@ -91,9 +92,10 @@ def _encode(value: Any, where: str, tensors: dict[int, tuple[int, torch.Tensor]]
     return {"tensor": tensors.setdefault(id(value), (len(tensors), value))[0]}
 
 
-def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def decode(node: Any, tensors: Mapping[str, Any]) -> Any:
+    """The state that `node`, read from a `.json` file, describes, its tensors taken from `tensors` by number."""
     if isinstance(node, list):
-        return [_decode(item, tensors) for item in node]
+        return [decode(item, tensors) for item in node]
     if not isinstance(node, dict):
         return node
     ((tag, body),) = node.items()
@@ -101,9 +103,9 @@ def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
         case "float":
             return float(body)
         case "tuple":
-            return tuple(_decode(item, tensors) for item in body)
+            return tuple(decode(item, tensors) for item in body)
         case "dict":
-            return {key: _decode(item, tensors) for key, item in body}
+            return {key: decode(item, tensors) for key, item in body}
         case "tensor":
             return tensors[str(body)]
         case _:

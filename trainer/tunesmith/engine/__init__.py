@@ -9,6 +9,7 @@ import torch
 from tunesmith.engine.base import Engine
 from tunesmith.errors import UserError
 from tunesmith.recipe import Recipe
+from tunesmith.recipe.parallel import DDP, FSDP2, Auto, Single, Zero1, Zero2, Zero3
 
 
 def device_type() -> str:
@@ -22,38 +23,49 @@ def device_type() -> str:
 def build_engine(recipe: Recipe) -> Engine:
     """The engine of `parallel.strategy`; `auto` is single for one process, ddp for several."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    strategy = recipe.parallel.strategy
-    if strategy == "auto":
-        strategy = "single" if world_size == 1 else "ddp"
+    settings = recipe.parallel
+    if isinstance(settings, Auto):
+        chosen = Single(strategy="single") if world_size == 1 else DDP(strategy="ddp")
+        settings = chosen.model_copy(update={"timeout": settings.timeout})
     _refuse_contradictions(recipe)
-    match strategy:
-        case "single":
-            if world_size != 1:
-                raise UserError(f"parallel.strategy: single runs one process, but {world_size} were launched")
+    if isinstance(settings, Single) and world_size != 1:
+        raise UserError(f"parallel.strategy: single runs one process, but {world_size} were launched")
+    if not isinstance(settings, Single) and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"parallel.strategy: {settings.strategy} needs a launcher: tunesmith train RECIPE --num-processes N"
+        )
+    kind = device_type()
+    match settings:
+        case Single():
             from tunesmith.engine.single import SingleEngine
 
-            kind = device_type()
             return SingleEngine(torch.device(kind, 0) if kind != "cpu" else torch.device("cpu"))
-        case "ddp":
-            if "WORLD_SIZE" not in os.environ:
-                raise UserError(
-                    "parallel.strategy: ddp needs a launcher: tunesmith train RECIPE --num-processes N"
-                )
+        case DDP():
             from tunesmith.engine.ddp import DDPEngine
 
-            return DDPEngine(device_type(), recipe.parallel.timeout)
+            return DDPEngine(kind, settings.timeout)
+        case Zero1() | Zero2() | Zero3():
+            from tunesmith.engine.zero import ZeroEngine
+
+            return ZeroEngine(kind, settings)
+        case FSDP2():
+            from tunesmith.engine.fsdp2 import FSDP2Engine
+
+            return FSDP2Engine(kind, settings)
 
 
 def _refuse_contradictions(recipe: Recipe) -> None:
     """An accelerate variable that says something else than the recipe would be ignored, or win, in silence."""
+    no = {"false", "False", "0", ""}
+    deepspeed = isinstance(recipe.parallel, Zero1 | Zero2 | Zero3)
     expected = {
         "ACCELERATE_MIXED_PRECISION": ({"no", recipe.training.precision}, "training.precision"),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
             {"1"},
             "training.global_batch_size (accumulation is derived)",
         ),
-        "ACCELERATE_USE_DEEPSPEED": ({"false", "False", "0", ""}, "parallel.strategy"),
-        "ACCELERATE_USE_FSDP": ({"false", "False", "0", ""}, "parallel.strategy"),
+        "ACCELERATE_USE_DEEPSPEED": ({"true", "True", "1"} if deepspeed else no, "parallel.strategy"),
+        "ACCELERATE_USE_FSDP": (no, "parallel.strategy"),
         "ACCELERATE_DYNAMO_BACKEND": ({"no", "NO"}, "the recipe, which does not compile"),
     }
     for name, (allowed, key) in expected.items():

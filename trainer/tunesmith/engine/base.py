@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.batch import Batch
+from tunesmith.checkpoint.pieces import Saved, State
 from tunesmith.module import TrainModule
+from tunesmith.recipe.optim import Optim
+
+Fill = Callable[[torch.device], None]
+"""Gives weights to a model that was built without; does nothing to one that has them."""
 
 
 class Engine(Protocol):
@@ -20,15 +25,30 @@ class Engine(Protocol):
     rank: int
     local_rank: int
     world_size: int
+    data_rank: int  # ranks that compute one batch together (tensor parallel) share it
+    data_size: int  # over how many the rows are dealt
+    builds_empty: bool  # the model is built without weights, and filled once it is sharded
+    sharded: bool  # no rank holds the whole model
+    shards_optimizer: bool  # … or the whole optimizer state
     device: torch.device
     module: nn.Module  # what is called: the wrapped TrainModule
     train_module: TrainModule  # what was handed in
     optimizer: torch.optim.Optimizer
 
     def prepare(
-        self, module: TrainModule, build_optimizer: Callable[[TrainModule], torch.optim.Optimizer]
+        self,
+        module: TrainModule,
+        fill: Fill,
+        settings: Optim,
     ) -> None:
-        """Moves, wraps and checks the module, then builds the optimizer on what came out."""
+        """Moves, wraps and checks the module and builds the optimizer on what came out. `fill` gives weights to a
+        module that was built without. Raises MachineError where anything else came out than the engine's name
+        says."""
+        ...
+
+    def rehearse(self, batch: Batch, normalizers: Tensor) -> tuple[Tensor, list[str]]:
+        """One forward and backward whose gradients are dropped: (its loss, the names of the trainable parameters
+        that it did not use). No weight changes. Called by all ranks with a batch of one shape."""
         ...
 
     def forward(self, batch: Batch, mode: str, normalizers: Tensor | None = None, **options: Any) -> Any:
@@ -72,11 +92,27 @@ class Engine(Protocol):
         that one process of a machine does while the others wait. A name is used once."""
         ...
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state by parameter name, on every rank."""
+    def local_gradients_finite(self) -> bool:
+        """Whether the gradients that this rank holds are finite."""
         ...
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None: ...
+    def weights(self) -> State:
+        """The model's state by name: whole tensors, or where the engine shards, this rank's pieces."""
+        ...
+
+    def load_weights(self, saved: Saved) -> None:
+        """In place; whatever the number of ranks and the engine that saved."""
+        ...
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The whole model's state, on the CPU of rank 0; empty elsewhere. Called by all ranks."""
+        ...
+
+    def optimizer_state(self) -> dict[str, State]:
+        """The optimizer's state by parameter name (as in the whole module) and key: tensors, pieces, numbers."""
+        ...
+
+    def load_optimizer_state(self, saved: Saved) -> None: ...
 
     def facts(self) -> dict[str, Any]:
         """What really engaged, read from the objects after `prepare`."""

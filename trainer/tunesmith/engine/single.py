@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,30 +10,41 @@ from torch import Tensor, nn
 
 from tunesmith import optim
 from tunesmith.batch import Batch
+from tunesmith.checkpoint.pieces import Saved, State
+from tunesmith.engine.base import Fill
 from tunesmith.gradients import local_square_sum
-from tunesmith.module import TrainModule
+from tunesmith.module import Loss, TrainModule
+from tunesmith.recipe.optim import Optim
 
 
 class SingleEngine:
     """The engine protocol on one process, without communication."""
 
     name = "single"
+    builds_empty = False
+    sharded = False
+    shards_optimizer = False
 
     def __init__(self, device: torch.device) -> None:
         self.rank = 0
         self.local_rank = 0
         self.world_size = 1
+        self.data_rank = 0
+        self.data_size = 1
         self.device = torch.device("cpu") if device.type == "cpu" else device  # never "cpu:0"
         self.module: nn.Module
         self.train_module: TrainModule
         self.optimizer: torch.optim.Optimizer
 
     def prepare(
-        self, module: TrainModule, build_optimizer: Callable[[TrainModule], torch.optim.Optimizer]
+        self,
+        module: TrainModule,
+        fill: Fill,
+        settings: Optim,
     ) -> None:
         self.train_module = module.to(self.device)
         self.module = self._wrap(self.train_module)
-        self.optimizer = build_optimizer(self.train_module)
+        self.optimizer = optim.build(settings, optim.parameter_groups(self.train_module, settings))
         self._names = {id(p): name for name, p in self.train_module.named_parameters()}
 
     def _wrap(self, module: TrainModule) -> nn.Module:
@@ -50,6 +60,19 @@ class SingleEngine:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def rehearse(self, batch: Batch, normalizers: Tensor) -> tuple[Tensor, list[str]]:
+        # on the module itself: DDP would wait for the gradients of the parameters that are not used
+        loss: Loss = self.train_module(batch.to(self.device), "loss", normalizers)
+        loss.total.backward()
+        trained = [(name, p) for name, p in self.train_module.named_parameters() if p.requires_grad]
+        unused = [name for name, p in trained if p.grad is None]
+        self.train_module.zero_grad(set_to_none=True)
+        return loss.total.detach(), unused
+
+    def local_gradients_finite(self) -> bool:
+        gradients = (p.grad for p in self.train_module.parameters())
+        return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
 
     def gradient_square_sum(self) -> Tensor:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
@@ -77,17 +100,28 @@ class SingleEngine:
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(self._names[id(p)], p) for group in self.optimizer.param_groups for p in group["params"]]
 
-    def optimizer_state(self) -> dict[str, Any]:
+    def weights(self) -> State:
+        return dict(self.train_module.model.state_dict())
+
+    @torch.no_grad()
+    def load_weights(self, saved: Saved) -> None:
+        self.train_module.model.load_state_dict({name: saved.whole(name) for name in saved.names()})
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        return dict(self.train_module.model.state_dict()) if self.rank == 0 else {}
+
+    def optimizer_state(self) -> dict[str, State]:
         return {
             name: dict(self.optimizer.state[p]) for name, p in self._parameters() if p in self.optimizer.state
         }
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+    def load_optimizer_state(self, saved: Saved) -> None:
         # through load_state_dict, which puts each tensor on its parameter's device and keeps 8-bit states as they are
         names = [name for name, _ in self._parameters()]
-        own = self.optimizer.state_dict()
+        assert saved.names() <= set(names), "the optimizer state is of another model"
+        state = saved.nested(lambda name, key: saved.value(name, key))
         indexed = {i: state[name] for i, name in enumerate(names) if name in state}
-        assert set(state) <= set(names), "the optimizer state is of another model"
+        own = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": indexed, "param_groups": own["param_groups"]})
 
     def facts(self) -> dict[str, Any]:

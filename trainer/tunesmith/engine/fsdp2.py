@@ -1,0 +1,293 @@
+"""torch's fully_shard (FSDP2), on CUDA and on the CPU alike: parameters, gradients and optimizer state are sharded,
+whole layers exist only while they are computed."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from tunesmith import optim
+from tunesmith.batch import Batch
+from tunesmith.checkpoint.pieces import Piece, Saved, State
+from tunesmith.engine.base import Fill
+from tunesmith.engine.layers import transformer_layers
+from tunesmith.engine.ranks import RankedEngine
+from tunesmith.errors import UserError
+from tunesmith.gradients import local_square_sum
+from tunesmith.module import TrainModule
+from tunesmith.recipe.optim import Optim
+from tunesmith.recipe.parallel import FSDP2
+from tunesmith.weights import place_of
+
+_REDUCED_IN = torch.float32
+_COMPUTED_IN = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FSDP2Engine(RankedEngine):
+    """The optimizer works on the ranks' own slices as plain tensors: what it does elementwise is what it would do to
+    the whole, and it needs to know of no sharding."""
+
+    name = "fsdp2"
+    builds_empty = True
+    sharded = True
+    shards_optimizer = True
+
+    def __init__(self, device_type: str, settings: FSDP2) -> None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device(device_type, local_rank) if device_type != "cpu" else torch.device("cpu")
+        backend = "gloo"
+        if device_type != "cpu":
+            torch.accelerator.set_device_index(local_rank)
+            # objects and offloaded tensors travel on the CPU
+            backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device)}"
+        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
+        self._take_places(device)
+        self.settings = settings
+        self.mesh = _mesh(device_type, self.world_size, settings)
+        tensor_size = settings.tensor_parallel_size
+        self.data_rank, self.data_size = self.rank // tensor_size, self.world_size // tensor_size
+
+    def prepare(
+        self,
+        module: TrainModule,
+        fill: Fill,
+        settings: Optim,
+    ) -> None:
+        self.train_module = module
+        self.module = cast(nn.Module, module)
+        self._shard(module)
+        device = torch.device("cpu") if self.settings.offload else self.device
+        fill(device)
+        # tells fully_shard of the weights that stand there now: it pads uneven slices, in memory of its own
+        module.to(device)
+        self._agreed(self._fault)
+        # views of the shards' memory: where the optimizer writes is what the next gather reads
+        self._locals = {
+            name: nn.Parameter(cast(DTensor, p).to_local().detach())
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
+        groups = optim.parameter_groups(module, settings)
+        for group in groups:
+            group["params"] = [self._locals[name] for name in group["names"]]
+        self.optimizer = optim.build(settings, groups)
+        self._names = {id(local): name for name, local in self._locals.items()}
+
+    def _shard(self, module: TrainModule) -> None:
+        dtype = _COMPUTED_IN[module.precision]
+        offload = (
+            CPUOffloadPolicy(pin_memory=self.device.type != "cpu")
+            if self.settings.offload
+            else OffloadPolicy()
+        )
+        for layer in transformer_layers(module.model):
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=_REDUCED_IN if dtype else None)
+            fully_shard(layer, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
+        # the root takes what is left: embeddings, norm and head, which so are whole wherever the terms of the loss
+        # meet them. Its inputs are counts and normalizers, which must not be rounded to bf16.
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=_REDUCED_IN if dtype else None, cast_forward_inputs=False
+        )
+        fully_shard(module, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
+        if self.world_size > 1:
+            cast(Any, module.model)._is_fsdp_managed_module = True  # generate() then keeps the ranks in step
+
+    def _fault(self) -> str | None:
+        """What is not as it was asked for."""
+        if not isinstance(self.module, FSDPModule):
+            return "the module was not sharded"
+        shards = self._shards()
+        for name, parameter in self.module.named_parameters():
+            if not isinstance(parameter, DTensor):
+                return f"{name} is not sharded"
+            local = parameter.to_local()
+            if local.is_meta:
+                return f"{name} has no weights"
+            if parameter.dtype != torch.float32:
+                return f"{name} is {parameter.dtype}, not fp32"
+            cut = parameter.shape[0] if parameter.dim() else 1
+            if local.numel() > -(-cut // shards) * max(1, parameter.numel() // max(1, cut)):
+                return f"{name} has {local.numel()} of {parameter.numel()} elements on one of {shards} ranks"
+        return None
+
+    def _shards(self) -> int:
+        return self.settings.shard_size or self.data_size
+
+    def forward(self, batch: Batch, mode: str, normalizers: Tensor | None = None, **options: Any) -> Any:
+        found = self.module(batch.to(self.device), mode, normalizers, **options)
+        if not torch.is_grad_enabled():
+            # without a backward the root stays whole, and would not see weights that change before the next forward
+            cast(FSDPModule, self.module).reshard()
+        return found
+
+    def _copies(self, parameter: DTensor) -> int:
+        """How many ranks hold the same slice."""
+        slices = 1
+        for dim, placement in enumerate(parameter.placements):
+            slices *= 1 if placement.is_replicate() else parameter.device_mesh.size(dim)
+        return self.world_size // slices
+
+    def _gradients(self) -> list[tuple[str, DTensor, Tensor]]:
+        """(name, parameter, this rank's slice of its gradient)"""
+        return [
+            (name, cast(DTensor, p), cast(DTensor, p.grad).to_local())
+            for name, p in self.train_module.named_parameters()
+            if p.grad is not None
+        ]
+
+    def gradient_square_sum(self) -> Tensor:
+        by_copies: dict[int, list[Tensor]] = {}
+        for _, parameter, gradient in self._gradients():
+            by_copies.setdefault(self._copies(parameter), []).append(gradient)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for copies, gradients in by_copies.items():
+            total += local_square_sum(gradients).to(self.device) / copies
+        dist.all_reduce(total)
+        return total
+
+    def step(self, coefficient: Tensor, skip: Tensor) -> None:
+        device = torch.device("cpu") if self.settings.offload else self.device
+        for name, _, gradient in self._gradients():
+            self._locals[name].grad = gradient
+        optim.step(self.optimizer, coefficient.to(device), skip.to(device))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.train_module.zero_grad(set_to_none=True)
+
+    def local_gradients_finite(self) -> bool:
+        return all(bool(torch.isfinite(gradient).all()) for _, _, gradient in self._gradients())
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        return dict(self.train_module.model.state_dict())
+
+    def _writes(self, tensor: DTensor) -> bool:
+        """Whether this rank is the one that saves its slice."""
+        coordinate = tensor.device_mesh.get_coordinate()
+        assert coordinate is not None
+        first = all(
+            at == 0
+            for at, placement in zip(coordinate, tensor.placements, strict=True)
+            if placement.is_replicate()
+        )
+        return first and tensor.to_local().numel() > 0
+
+    def weights(self) -> State:
+        state: State = {}
+        for name, tensor in self._model_tensors().items():
+            if not isinstance(tensor, DTensor):
+                if self.rank == 0:
+                    state[name] = tensor
+            elif self._writes(tensor):
+                state[name] = Piece(tensor.to_local().detach(), tuple(tensor.shape), place_of(tensor)[0])
+        return state
+
+    @torch.no_grad()
+    def load_weights(self, saved: Saved) -> None:
+        for name, tensor in self._model_tensors().items():
+            if isinstance(tensor, DTensor):
+                tensor.to_local().copy_(saved.box(*place_of(tensor), name))
+            else:
+                tensor.copy_(saved.whole(name))
+
+    @torch.no_grad()
+    def whole_weights(self) -> dict[str, Tensor]:
+        whole: dict[str, Tensor] = {}
+        gathered: dict[int, Tensor] = {}  # tied weights stay one tensor
+        for name, tensor in self.train_module.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in gathered:
+                full = (
+                    cast(DTensor, tensor.to(self.device)).full_tensor()
+                    if isinstance(tensor, DTensor)
+                    else tensor
+                )
+                gathered[id(tensor)] = full.detach().cpu() if self.rank == 0 else torch.empty(0)
+            if self.rank == 0:
+                whole[name] = gathered[id(tensor)]
+        return whole
+
+    def _sharded_parameters(self) -> dict[str, DTensor]:
+        return {
+            name: cast(DTensor, p) for name, p in self.train_module.named_parameters() if name in self._locals
+        }
+
+    def optimizer_state(self) -> dict[str, State]:
+        found: dict[str, State] = {}
+        for name, parameter in self._sharded_parameters().items():
+            local = self._locals[name]
+            state = self.optimizer.state.get(local)
+            if state and self._writes(parameter):
+                start, shape = place_of(parameter)[0], tuple(parameter.shape)
+                found[name] = {
+                    key: _piece(name, key, value, local, shape, start) for key, value in state.items()
+                }
+        return found
+
+    def load_optimizer_state(self, saved: Saved) -> None:
+        parameters, names = self._sharded_parameters(), [name for name, _ in self._parameters()]
+
+        def read(name: str, key: str) -> Any:
+            if not saved.is_tensor(name, key) or saved.shape(name, key) != tuple(parameters[name].shape):
+                return saved.value(name, key)
+            return saved.box(*place_of(parameters[name]), name, key)
+
+        state = saved.nested(read)
+        indexed = {i: state[name] for i, name in enumerate(names) if name in state}
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": indexed, "param_groups": own["param_groups"]})
+
+    def facts(self) -> dict[str, Any]:
+        sharded = self._shards()
+        return super().facts() | {
+            "shard_size": sharded,
+            "replicas": self.data_size // sharded,
+            "tensor_parallel_size": self.settings.tensor_parallel_size,
+            "offload": self.settings.offload,
+            "layers_sharded": len(transformer_layers(self.train_module.model)),
+        }
+
+    def close(self) -> None:
+        vars(self).pop("module", None)
+        vars(self).pop("train_module", None)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _piece(
+    name: str, key: str, value: Any, local: Tensor, shape: tuple[int, ...], start: tuple[int, ...]
+) -> Any:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if value.shape == local.shape:
+        return Piece(value, shape, start)
+    raise UserError(
+        f"optim: the state {key} of {name} is not one number per weight: it cannot be saved in shards; use "
+        "parallel.strategy: ddp, or optim.name: adamw"
+    )
+
+
+def _mesh(device_type: str, world_size: int, settings: FSDP2) -> DeviceMesh:
+    """Shards, or copies × shards. Raises UserError where the number of processes does not divide so."""
+    tensor_size = settings.tensor_parallel_size
+    shard_size = settings.shard_size or world_size // tensor_size
+    if world_size % (shard_size * tensor_size):
+        raise UserError(
+            f"parallel: shard_size {shard_size} × tensor_parallel_size {tensor_size} does not divide the "
+            f"{world_size} processes"
+        )
+    copies = world_size // (shard_size * tensor_size)
+    if copies == 1:
+        return init_device_mesh(device_type, (shard_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (copies, shard_size), mesh_dim_names=("copy", "shard"))

@@ -1,0 +1,306 @@
+"""DeepSpeed's ZeRO stages 1, 2 and 3 (Rajbhandari et al. 2020), launched and prepared through accelerate; forward,
+backward and step are DeepSpeed's own.
+
+Parameters stay fp32 and `training.precision` is autocast, as on the other engines: gradients are reduced and
+accumulated in fp32. The norm is ours (`gradients`), taken from the reduced slices before the step; clipping and the
+suppression of a step reach DeepSpeed's slices through our optimizer, so DeepSpeed's own clipping stays off."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tunesmith import optim
+from tunesmith.batch import Batch
+from tunesmith.checkpoint.pieces import Piece, Saved, State
+from tunesmith.engine.base import Fill
+from tunesmith.engine.ranks import RankedEngine
+from tunesmith.engine.zero_slices import Slice, slices
+from tunesmith.errors import MissingExtra
+from tunesmith.gradients import local_square_sum
+from tunesmith.module import Loss, TrainModule
+from tunesmith.recipe.optim import Optim
+from tunesmith.recipe.parallel import Zero1, Zero2, Zero3
+from tunesmith.shapes import whole_shape
+
+_BUCKET = 50_000_000  # elements: 200 MB in fp32; DeepSpeed's own 500 M would be 2 GB
+_PERSISTED = (
+    1_000  # ZeRO-3 leaves parameters up to this many elements whole: biases and norms of small models
+)
+
+
+class ZeroEngine(RankedEngine):
+    """`stage` 1 shards the optimizer's state, 2 the gradients too, 3 the parameters too."""
+
+    def __init__(self, device_type: str, settings: Zero1 | Zero2 | Zero3) -> None:
+        if device_type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            # with it accelerate trains without DeepSpeed, and says nothing
+            os.environ.pop("ACCELERATE_USE_CPU", None)
+        _quiet()
+        try:
+            import deepspeed
+        except ImportError:
+            raise MissingExtra("deepspeed", "deepspeed", f"parallel.strategy: {settings.strategy}") from None
+        from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+
+        del deepspeed
+        self.name = settings.strategy
+        self.settings = settings
+        self.stage = int(settings.strategy[-1])
+        self.sharded, self.shards_optimizer = self.stage == 3, True
+        # without an explicit backend accelerate takes every rank for a world of its own, and all train the same rows
+        backend = "gloo" if device_type == "cpu" else None
+        handler = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=settings.timeout))
+        world_size = int(os.environ["WORLD_SIZE"])
+        plugin = DeepSpeedPlugin(hf_ds_config=_config(self.stage, settings, world_size))
+        self.accelerator: Any = Accelerator(
+            mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[handler]
+        )
+        self._take_places(torch.device("cpu") if device_type == "cpu" else self.accelerator.device)
+
+    def prepare(self, module: TrainModule, fill: Fill, settings: Optim) -> None:
+        self.train_module = module
+        self.optimizer = optim.build(settings, optim.parameter_groups(module, settings))
+        self._named = dict(module.named_parameters())
+        self._engine: Any = self.accelerator.prepare(module, self.optimizer)[0]
+        self.module = cast(nn.Module, self._engine)
+        self._zero: Any = self._engine.optimizer
+        self._agreed(self._fault)
+
+    def _fault(self) -> str | None:
+        """What is not as it was asked for."""
+        if type(self._engine).__name__ != "DeepSpeedEngine":
+            return f"accelerate prepared a {type(self._engine).__name__}"
+        if self._engine.zero_optimization_stage() != self.stage:
+            return f"DeepSpeed runs stage {self._engine.zero_optimization_stage()}"
+        if self._engine.gradient_clipping():
+            return "DeepSpeed clips by itself"
+        if self._engine.dp_world_size != self.world_size:
+            return f"DeepSpeed found {self._engine.dp_world_size} data-parallel ranks"
+        if self._zero.optimizer is not self.optimizer:
+            return f"DeepSpeed steps a {type(self._zero.optimizer).__name__}, not the recipe's optimizer"
+        for name, parameter in self._named.items():
+            if parameter.dtype != torch.float32:
+                return f"{name} is {parameter.dtype}, not fp32"
+            if self.stage == 3 and not hasattr(parameter, "ds_id"):
+                return f"{name} is not partitioned"
+        held = sum(flat.numel() for flat in self._flats())
+        trained = sum(whole_shape(p).numel() for p in self._named.values() if p.requires_grad)
+        room = 2 * self.world_size * (len(self._named) + 1)  # padding
+        if held * self.world_size > trained + self.world_size * room:
+            return f"the optimizer holds {held} of {trained} elements on one of {self.world_size} ranks"
+        return None
+
+    def _flats(self) -> list[Tensor]:
+        """The optimizer's flat fp32 tensors, one per group (stage 3: per sub-group)."""
+        zero = self._zero
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+
+    def forward(self, batch: Batch, mode: str, normalizers: Tensor | None = None, **options: Any) -> Any:
+        if torch.is_grad_enabled() or self.stage == 3:
+            return self.module(batch.to(self.device), mode, normalizers, **options)
+        return self.train_module(batch.to(self.device), mode, normalizers, **options)
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def rehearse(self, batch: Batch, normalizers: Tensor) -> tuple[Tensor, list[str]]:
+        # a whole step, suppressed: DeepSpeed's buckets are left as between two steps
+        with self.accumulate(last=True):
+            loss: Loss = self.forward(batch, "loss", normalizers)
+            used = _reached(loss.total)
+            self.backward(loss.total)
+        self.step(torch.ones((), device=self.device), torch.ones((), device=self.device))
+        unused = [name for name, p in self._named.items() if p.requires_grad and id(p) not in used]
+        return loss.total.detach(), unused
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's reduced slices, after the last backward of a window."""
+        zero = self._zero
+        if self.settings.offload_optimizer:
+            if self.stage < 3:
+                zero._wait_for_offload_copies()
+            return [flat.grad for flat in self._flats() if flat.grad is not None]
+        averaged = zero.averaged_gradients
+        return [g for group in averaged.values() if group is not None for g in group if g is not None]
+
+    def gradient_square_sum(self) -> Tensor:
+        total = local_square_sum(self._gradients()).to(self.device)
+        dist.all_reduce(total)
+        return total
+
+    def step(self, coefficient: Tensor, skip: Tensor) -> None:
+        device = torch.device("cpu") if self.settings.offload_optimizer else self.device
+        with optim.scaled(self.optimizer, coefficient.to(device), skip.to(device)):
+            self._engine.step()
+
+    def local_gradients_finite(self) -> bool:
+        return all(bool(torch.isfinite(gradient).all()) for gradient in self._gradients())
+
+    # state
+
+    def weights(self) -> State:
+        model = self.train_module.model
+        if self.stage < 3:
+            return dict(model.state_dict())
+        state: State = dict(model.named_buffers()) if self.rank == 0 else {}
+        persistent = set(model.state_dict())
+        state = {name: value for name, value in state.items() if name in persistent}
+        for name, parameter in model.named_parameters():
+            own = cast(Any, parameter)
+            size = own.ds_tensor.ds_numel
+            start, count = self.rank * size, min(size, own.ds_numel - self.rank * size)
+            if count > 0:
+                data = own.ds_tensor.detach()[:count].float().cpu()
+                state[name] = Piece(data, tuple(own.ds_shape), start)
+        return state
+
+    @torch.no_grad()
+    def load_weights(self, saved: Saved) -> None:
+        model = self.train_module.model
+        if self.stage < 3:
+            super().load_weights(saved)
+        else:
+            import deepspeed
+
+            for name, parameter in model.named_parameters():
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if self.rank == 0:
+                        parameter.data.copy_(saved.whole(name))
+            for name, buffer in model.named_buffers():
+                if name in saved.names():
+                    buffer.copy_(saved.whole(name))
+        self._zero.refresh_fp32_params()
+
+    @torch.no_grad()
+    def whole_weights(self) -> dict[str, Tensor]:
+        if self.stage < 3:
+            return super().whole_weights()
+        import deepspeed
+
+        model = self.train_module.model
+        whole: dict[str, Tensor] = {}
+        gathered: dict[int, Tensor] = {}  # tied weights stay one tensor
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) not in gathered:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    gathered[id(parameter)] = (
+                        parameter.detach().cpu().clone() if self.rank == 0 else torch.empty(0)
+                    )
+            if self.rank == 0:
+                whole[name] = gathered[id(parameter)]
+        if self.rank == 0:
+            persistent = set(model.state_dict())
+            whole |= {name: b.cpu() for name, b in model.named_buffers() if name in persistent}
+        return whole
+
+    def _slices(self) -> dict[int, list[Slice]]:
+        return slices(self._zero, self._named, self.stage, self.rank)
+
+    def optimizer_state(self) -> dict[str, State]:
+        found: dict[str, State] = {}
+        for index, flat in enumerate(self._flats()):
+            state = self.optimizer.state.get(flat, {})
+            for part in self._slices().get(index, []):
+                found[part.name] = {
+                    key: Piece(value[part.at : part.at + part.count].cpu(), part.shape, part.start)
+                    if isinstance(value, Tensor) and value.shape == flat.shape
+                    else value
+                    for key, value in state.items()
+                }
+        return found
+
+    @torch.no_grad()
+    def load_optimizer_state(self, saved: Saved) -> None:
+        parts = self._slices()
+        for index, flat in enumerate(self._flats()):
+            state: dict[str, Any] = {}
+            for part in parts.get(index, []):
+                for key in saved.inner(part.name):
+                    if not saved.is_tensor(part.name, key) or saved.shape(part.name, key) != part.shape:
+                        state[key] = saved.value(part.name, key)
+                        continue
+                    target = state.setdefault(key, torch.zeros_like(flat))
+                    target[part.at : part.at + part.count] = saved.run(part.start, part.count, part.name, key)
+            if state:
+                self.optimizer.state[flat] = state
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {
+            "zero_stage": self.stage,
+            "shard_size": self.world_size,
+            "offload_optimizer": self.settings.offload_optimizer,
+        }
+
+    def close(self) -> None:
+        for name in ("module", "_engine", "_zero"):
+            vars(self).pop(name, None)
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _quiet() -> None:
+    """DeepSpeed tells of every step of its own start, and calls functions that torch means to rename."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def _config(stage: int, settings: Zero1 | Zero2 | Zero3, world_size: int) -> dict[str, Any]:
+    offload = settings.offload_optimizer
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": _BUCKET,
+        "offload_optimizer": {"device": "cpu" if offload else "none"},
+    }
+    match settings:
+        case Zero3(offload_parameters=offload_parameters):
+            zero |= {
+                "stage3_param_persistence_threshold": _PERSISTED,
+                "stage3_prefetch_bucket_size": _BUCKET,
+                "offload_param": {"device": "cpu" if offload_parameters else "none"},
+            }
+        case Zero1() | Zero2():
+            # the norm is ours; with offload DeepSpeed takes its own on the way
+            zero |= {"allgather_bucket_size": _BUCKET, "compute_grad_norm": offload}
+    return {
+        # counted by us: DeepSpeed is told of every boundary
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # else accelerate swaps any optimizer for DeepSpeedCPUAdam where the state is offloaded
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _reached(loss: Tensor) -> set[int]:
+    """The ids of the parameters that the loss depends on, from its graph."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack += [following for following, _ in node.next_functions]
+    return found

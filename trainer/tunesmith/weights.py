@@ -1,0 +1,193 @@
+"""The weights of a model: loaded or drawn whole, or straight into the shards of a model that was built without.
+
+New weights are drawn module by module in one order, whichever way the model is built: the same seed gives every
+engine the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tunesmith.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model's weights come from: a folder or hub id, or with `path` None the seed alone."""
+
+    auto_class: Any
+    config: Any
+    path: str | None
+    revision: str | None
+    attn_implementation: str
+    trust_remote_code: bool
+    seed: int
+
+    def whole(self) -> tuple[Any, dict[str, Any]]:
+        """The model in fp32 on the CPU (or partitioned, where ZeRO-3 is active), and what loading it found: its
+        `missing_keys` and `unexpected_keys`."""
+        torch.manual_seed(self.seed)
+        if self.path is not None:
+            return self.auto_class.from_pretrained(
+                self.path,
+                config=self.config,
+                revision=self.revision,
+                attn_implementation=self.attn_implementation,
+                dtype=torch.float32,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+            )
+        return self._drawn(), {}
+
+    def _drawn(self) -> Any:
+        from transformers import initialization
+        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+        if is_deepspeed_zero3_enabled():  # transformers partitions and draws module by module
+            return self._from_config().float()
+        with initialization.no_init_weights():
+            model = self._from_config().float()
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+        model.initialize_weights()
+        model.tie_weights()
+        refuse_undrawn(model)
+        return model
+
+    def empty(self) -> Any:
+        """The model on the meta device: shapes and dtypes without memory."""
+        with torch.device("meta"):
+            return self._from_config().float()
+
+    def _from_config(self) -> Any:
+        return self.auto_class.from_config(
+            self.config,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def fill(self, model: Any, device: torch.device) -> dict[str, Any]:
+        """Gives weights to an `empty` model whose parameters an engine has sharded as DTensors: every rank reads
+        its own slices of the files. Returns what `whole` does. Buffers go to `device`."""
+        from transformers.utils.loading_report import LoadStateDictInfo
+
+        torch.manual_seed(self.seed)
+        devices = {"": torch.device("cpu") if device.type == "cpu" else device}
+        if self.path is None:
+            info = LoadStateDictInfo(
+                missing_keys=set(model.state_dict()),
+                unexpected_keys=set(),
+                mismatched_keys=set(),
+                error_msgs=[],
+                conversion_errors={},
+                skipped_pp_keys=set(),
+            )
+        else:
+            info = self._load(model, devices)
+        missing, unexpected = set(info.missing_keys), set(info.unexpected_keys)
+        # what transformers' from_pretrained does after loading; its own drawing would give every rank other numbers
+        model.mark_tied_weights_as_initialized(info)
+        model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), devices, None, None)
+        for name, value in model.state_dict(keep_vars=True).items():
+            if name not in missing:
+                value._is_hf_initialized = True
+        with torch.no_grad():
+            _draw(model, model._initialize_weights)
+        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        model._adjust_missing_and_unexpected_keys(info)
+        refuse_undrawn(model)
+        return {
+            "missing_keys": missing & set(info.missing_keys),
+            "unexpected_keys": unexpected & set(info.unexpected_keys),
+        }
+
+    def _load(self, model: Any, devices: dict[str, torch.device]) -> Any:
+        from transformers import modeling_utils
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        # the functions of which from_pretrained is made, for it cannot be told to load into a module of ours
+        library: Any = modeling_utils
+        options = library.DownloadKwargs(revision=self.revision)
+        files, index = library._get_resolved_checkpoint_files(
+            pretrained_model_name_or_path=self.path,
+            variant=None,
+            gguf_file=None,
+            use_safetensors=None,
+            user_agent=None,
+            is_remote_code=self.trust_remote_code,
+            download_kwargs=options,
+        )
+        settings = library.LoadStateDictConfig(
+            pretrained_model_name_or_path=self.path,
+            sharded_metadata=index,
+            device_map=devices,
+            dtype=torch.float32,
+            weight_mapping=get_model_conversion_mapping(model, None, None),
+        )
+        info, _ = type(model)._load_pretrained_model(model, None, files, settings)
+        if info.mismatched_keys:
+            name, found, wanted = min(info.mismatched_keys)
+            raise ValueError(f"{name} has shape {tuple(found)}, the model wants {tuple(wanted)}")
+        return info
+
+
+def _draw(module: nn.Module, initialize: Callable[..., None]) -> None:
+    """`PreTrainedModel.initialize_weights`, in its order, with whole parameters in place of the shards for as long
+    as their module is drawn: every rank draws the same numbers and keeps its own."""
+    from transformers import PreTrainedModel
+
+    for child in module.children():
+        own = cast(Any, child)._initialize_weights if isinstance(child, PreTrainedModel) else initialize
+        _draw(child, own)
+    # a module may draw its direct children's parameters too
+    held: list[tuple[nn.Module, str, DTensor, nn.Parameter]] = []
+    for owner in (module, *module.children()):
+        for name, parameter in owner.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor) and not getattr(parameter, "_is_hf_initialized", False):
+                whole = nn.Parameter(_whole(parameter), requires_grad=parameter.requires_grad)
+                owner.register_parameter(name, whole)
+                held.append((owner, name, parameter, whole))
+    initialize(module)
+    for owner, name, parameter, whole in held:
+        local = parameter.to_local()
+        local.copy_(whole[box_of(parameter)].to(local.device))
+        cast(Any, parameter)._drawn = True
+        owner.register_parameter(name, cast(nn.Parameter, parameter))
+
+
+def _whole(parameter: DTensor) -> Tensor:
+    if getattr(parameter, "_drawn", False):
+        return parameter.full_tensor().cpu()
+    return torch.full(parameter.shape, torch.nan)
+
+
+def box_of(tensor: DTensor) -> tuple[slice, ...]:
+    """Where this rank's part lies in the whole tensor."""
+    offsets, sizes = place_of(tensor)
+    return tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
+
+
+def place_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(offsets, sizes) of this rank's part in the whole tensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(offsets), tuple(sizes)
+
+
+def refuse_undrawn(model: nn.Module) -> None:
+    """A model class whose own initialisation leaves a weight out would train on whatever stood in the memory."""
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.numel() and bool(torch.isnan(local.flatten()[0])):
+            raise UserError(
+                f"model: {type(model).__name__} has no initial value for {name}: it can only be trained from "
+                "pretrained weights that have it"
+            )
