@@ -14,6 +14,7 @@ import typer
 
 from tunesmith import __version__
 from tunesmith.errors import TunesmithError
+from tunesmith_launch import launch_commands
 from tunesmith_launch.inspect_commands import Overrides, RecipePath, register
 
 app = typer.Typer(
@@ -107,6 +108,7 @@ def train(
 
 
 register(app)
+app.add_typer(launch_commands.app)
 
 recipes = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(recipes, name="recipes")

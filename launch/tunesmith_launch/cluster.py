@@ -35,26 +35,16 @@ def resolve(options: Options, loaded: Loaded, environ: Mapping[str, str]) -> Clu
     _refuse_inside_a_launcher(environ)
     _check_machines(options)
     accelerators = count_accelerators(environ)
-    strategy = loaded.recipe.parallel.strategy
-    place = loaded.place("parallel.strategy")
     processes = options.num_processes
     if processes is None:
-        here = 1 if strategy == "single" else max(1, accelerators)
+        here = 1 if loaded.recipe.parallel.strategy == "single" else max(1, accelerators)
         processes = here * options.num_machines
     if processes % options.num_machines:
         raise UserError(
             f"--num-processes {processes} is the sum over all machines: it must be a multiple of "
             f"--num-machines {options.num_machines}"
         )
-    if strategy == "single" and processes > 1:
-        raise UserError(
-            f"{place}: parallel.strategy: single runs one process, not {processes}; use auto, or leave "
-            "--num-processes and --num-machines out"
-        )
-    if strategy not in {"single", "auto"} and processes == 1:
-        raise UserError(
-            f"{place}: parallel.strategy: {strategy} needs two processes or more: add --num-processes N, or use auto"
-        )
+    check_strategy(loaded, processes, "--num-processes")
     here = processes // options.num_machines
     if 0 < accelerators < here:
         raise UserError(
@@ -71,6 +61,21 @@ def resolve(options: Options, loaded: Loaded, environ: Mapping[str, str]) -> Clu
         accelerators=accelerators,
         cores=usable_cores(),
     )
+
+
+def check_strategy(loaded: Loaded, processes: int, option: str) -> None:
+    """Raises UserError where the recipe's strategy does not go with so many processes, which `option` asks for."""
+    strategy = loaded.recipe.parallel.strategy
+    place = loaded.place("parallel.strategy")
+    if strategy == "single" and processes > 1:
+        raise UserError(
+            f"{place}: parallel.strategy: single runs one process, not {processes}; use auto, or ask for one by "
+            f"{option}"
+        )
+    if strategy not in {"single", "auto"} and processes == 1:
+        raise UserError(
+            f"{place}: parallel.strategy: {strategy} needs two processes or more: ask for them by {option}, or use auto"
+        )
 
 
 def _refuse_inside_a_launcher(environ: Mapping[str, str]) -> None:
