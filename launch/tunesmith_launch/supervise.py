@@ -1,5 +1,8 @@
 """Watching over the processes of a run: one signal each, the exit code of the cause, and nothing left behind.
 
+Ranks say once a second where they are, and the processes that supervise a run's machines hold a lease of each other
+(lease.py). What ends a job, and who is named, is decided in judge.py; here it is done.
+
 Between the supervisor and several ranks stands torchrun's agent (inside `accelerate launch`). It turns every exit
 code into 1 and prints a table of failures; its stderr is kept back, and shown only where no rank explains the end.
 """
@@ -30,7 +33,9 @@ from tunesmith.ending import (
     read,
     record,
 )
-from tunesmith_launch.command import Command
+from tunesmith_launch.command import Cluster, Command
+from tunesmith_launch.judge import Judge
+from tunesmith_launch.lease import INTERVAL, Lease
 from tunesmith_launch.lines import Rank, listen
 from tunesmith_launch.processes import Signals, kill_tree
 
@@ -42,18 +47,27 @@ _KILLED = (
 
 @dataclass(frozen=True, slots=True)
 class Grace:
-    """Seconds until force is used: after a rank failed; after one stopped as all have agreed, while others may still
-    save; after a second Ctrl-C; and after a first force did not help."""
+    """Seconds until force is used: after a rank failed; after the verdict that one is lost, which comes up to 5 s
+    past the time-out and leaves the others nothing to save; after one stopped as all have agreed, while others may
+    still save; after a second Ctrl-C; and after a first force did not help."""
 
     failure: float = 15.0
+    lost: float = 4.0
     saving: float = 120.0
     hurry: float = 2.0
     force: float = 10.0
 
 
-def supervise(command: Command, folder: Path, grace: Grace | None = None) -> int:
+def supervise(
+    command: Command,
+    folder: Path,
+    cluster: Cluster | None = None,
+    timeout: float = 600.0,
+    grace: Grace | None = None,
+) -> int:
     """Runs the command to the end of everything that it started; the exit code of the run. `folder` is the run's,
-    where exit.json is left for a rank that could not."""
+    where exit.json is left for a rank that could not; `timeout` a collective's, in seconds. Raises MachineError
+    where the lease's port is not free."""
     with (
         tempfile.TemporaryDirectory(prefix="tunesmith-") as place,
         listen(Path(place)) as listener,
@@ -61,7 +75,10 @@ def supervise(command: Command, folder: Path, grace: Grace | None = None) -> int
         selectors.DefaultSelector() as selector,
         Signals() as signals,
     ):
-        child = subprocess.Popen(
+        watch = _Watch(
+            command, folder, cluster or Cluster(), timeout, grace or Grace(), listener, selector, signals
+        )
+        watch.child = subprocess.Popen(
             command.argv,
             env=command.environment(os.environ) | {"TUNESMITH_SUPERVISOR": listener.getsockname()},
             stdin=subprocess.DEVNULL,
@@ -69,51 +86,75 @@ def supervise(command: Command, folder: Path, grace: Grace | None = None) -> int
             # a group of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once
             process_group=0,
         )
-        watch = _Watch(command, folder, grace or Grace(), child, listener, selector, signals)
         try:
             watch.run()
         finally:
             watch.force()
-        return watch.conclude(log)
+        code = watch.conclude(log)
+        if watch.lease is not None:
+            watch.lease.close()
+        return code
 
 
 class _Watch:
     """The state of one supervision."""
 
+    child: subprocess.Popen[bytes]
+
     def __init__(
         self,
         command: Command,
         folder: Path,
+        cluster: Cluster,
+        timeout: float,
         grace: Grace,
-        child: subprocess.Popen[bytes],
         listener: socket.socket,
         selector: selectors.BaseSelector,
         signals: Signals,
     ) -> None:
-        self.command, self.folder, self.grace, self.child = command, folder, grace, child
+        self.command, self.folder, self.grace = command, folder, grace
         self.listener, self.selector, self.signals = listener, selector, signals
         self.ranks: list[Rank] = []  # whose line is open
+        self.known: list[Rank] = []  # all that have called
         self.endings: list[Ending] = []  # in the order in which they were told
         self.stop: int | None = None  # the signal that was passed on
         self.orphaned = False  # the child has ended before its ranks
         self.forces = 0
         self.deadline: float | None = None  # of the next force
+        several = cluster.num_machines > 1
+        self.lease = Lease(cluster, timeout, selector, self._told) if several else None
+        self.judge = Judge(timeout, self.lease, first=cluster.machine_rank == 0)
+        self.ticked = time.monotonic()
         selector.register(listener, selectors.EVENT_READ, self._accept)
         selector.register(signals.wakeup, selectors.EVENT_READ, self._heed)
 
     def run(self) -> None:
-        """Until the child and all its ranks have ended."""
+        """Until the child and all its ranks have ended, and it is known why."""
         while True:
             ended = self.child.poll() is not None
             while ended and self._turn(0):  # what ranks said before that
                 pass
-            if (ended and not self.ranks) or self.forces > 1:
+            if (ended and not self.ranks and not self._open_question()) or self.forces > 1:
                 return
-            if ended and not self.orphaned:
+            if ended and self.ranks and not self.orphaned:
                 self._orphans()
-            self._turn(None if self.deadline is None else max(0.0, self.deadline - time.monotonic()))
-            if self.deadline is not None and time.monotonic() >= self.deadline:
+            self._turn(self._patience())
+            now = time.monotonic()
+            if self.command.has_agent and now >= self.ticked + INTERVAL:
+                self._tick(now)
+            if (
+                self.deadline is not None
+                and now >= self.deadline
+                and (self.ranks or self.child.poll() is None)
+            ):
                 self.force()
+
+    def _patience(self) -> float | None:
+        """Seconds until something is to be done that nobody asks for."""
+        due = [] if self.deadline is None else [self.deadline]
+        if self.command.has_agent:
+            due.append(self.ticked + INTERVAL)
+        return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _turn(self, timeout: float | None) -> bool:
         ready = self.selector.select(timeout)
@@ -136,35 +177,66 @@ class _Watch:
         for event in rank.hear():
             match event:
                 case "called":
+                    self.known.append(rank)
                     if self.stop is not None and self.command.has_agent:
                         rank.send(self.stop)  # it came late
                 case "ended":
                     assert rank.ending is not None
-                    self.endings.append(rank.ending)
-                    if rank.ending.code:
-                        agreed = rank.ending.code in {STOPPED, INTERRUPTED}
-                        self._expect_end(self.grace.saving if agreed else self.grace.failure)
+                    self._ended(rank.ending)
                 case "gone":
                     self.selector.unregister(rank.line)
                     rank.line.close()
                     self.ranks.remove(rank)
+                    sys.stderr.write(rank.crash)
                     if rank.ending is None and rank.pid and self.command.has_agent:
-                        self._lost(rank)
+                        self._expect_end(self.grace.failure)
+                        rank.lost = self.stop is None and not self.forces
 
-    def _lost(self, rank: Rank) -> None:
-        self._expect_end(self.grace.failure)
-        if self.stop is None and not self.forces:
-            reason = (
-                f"rank {rank.number} (process {rank.pid}) is gone: killed, perhaps by the system for lack of memory, "
-                "or crashed; continue with --resume"
-            )
-            self._tell(PEER_LOST, reason, rank.number)
+    def _ended(self, ending: Ending) -> None:
+        if ending.code:
+            agreed = ending.code in {STOPPED, INTERRUPTED}
+            self._expect_end(self.grace.saving if agreed else self.grace.failure)
+        if ending.code == PEER_LOST and self.command.has_agent and self.stop is None:
+            return  # which one, and why, the judge says
+        self.endings.append(ending)
+        if ending.is_cause and self.lease is not None:
+            self.lease.tell(ending)
 
-    def _tell(self, code: int, reason: str, rank: int = 0) -> int:
-        """Says and records for a rank what it could not, unless another has told the cause; `code`."""
-        ending = Ending(code, reason, rank, last_step(self.folder))
+    # the watchdog
+
+    def _tick(self, now: float) -> None:
+        passed, self.ticked = now - self.ticked, now
+        for rank in self.ranks:
+            # time that this process itself did not live through (suspended, swapped out) is not held against a rank
+            rank.silent += min(passed, 1.5 * INTERVAL)
+        node = None if self.lease is None else self.lease.node
+        witnesses = [rank.witness(node) for rank in self.known]
+        if self.lease is not None:
+            self.lease.tick(witnesses, passed)
+        if not self._answered() and (verdict := self.judge.review(witnesses, now)) is not None:
+            ending = Ending(PEER_LOST, verdict.reason, verdict.rank, verdict.step)
+            if self.lease is not None:
+                self.lease.tell(ending)
+            self._told(ending)
+
+    def _answered(self) -> bool:
+        """Whether it is known why the job ends."""
+        return self.stop is not None or any(ending.code for ending in self.endings)
+
+    def _open_question(self) -> bool:
+        lost = any(rank.witness(None).state in {"gone", "failed"} for rank in self.known)
+        return self.command.has_agent and lost and not self._answered()
+
+    def _told(self, ending: Ending) -> None:
+        """How the job ends, as the judge or a rank of another machine says it."""
+        if ending not in self.endings:
+            self._tell(ending)
+            self._expect_end(self.grace.lost if ending.code == PEER_LOST else self.grace.failure)
+
+    def _tell(self, ending: Ending) -> int:
+        """Says and records what no rank of this machine could, unless another has told the cause; its code."""
         if all(ending.outranks(told) for told in self.endings):
-            print(reason, file=sys.stderr, flush=True)
+            print(ending.reason, file=sys.stderr, flush=True)
             try:
                 record(self.folder, ending)
             except OSError as error:
@@ -174,7 +246,7 @@ class _Watch:
                     flush=True,
                 )
         self.endings.append(ending)
-        return code
+        return ending.code
 
     # signals
 
@@ -223,6 +295,9 @@ class _Watch:
 
     # the end
 
+    def _ending(self, code: int, reason: str) -> Ending:
+        return Ending(code, reason, 0, last_step(self.folder))
+
     def conclude(self, log: IO[bytes]) -> int:
         """The exit code of the run, with a line on stderr where no rank could say why."""
         status = self.child.returncode
@@ -239,11 +314,11 @@ class _Watch:
         elif self.stop is not None:
             told = describe(Signalled(self.stop), self.folder)
             assert told is not None
-            code = self._tell(*told)
+            code = self._tell(self._ending(*told))
         elif status == -signal.SIGKILL:
-            code = self._tell(MACHINE_UNFIT, _KILLED)
+            code = self._tell(self._ending(MACHINE_UNFIT, _KILLED))
         elif status is not None and status < 0:
-            code = self._tell(1, f"the process was ended by {signal.Signals(-status).name}")
+            code = self._tell(self._ending(1, f"the process was ended by {signal.Signals(-status).name}"))
         else:
             explained = False
             code = 1 if self.command.has_agent or status is None else status

@@ -45,7 +45,7 @@ def train(
         return 0
     if found.machine_rank == 0:
         (folder / "exit.json").unlink(missing_ok=True)
-    return supervise(started, folder)
+    return supervise(started, folder, found, loaded.recipe.parallel.timeout)
 
 
 def _interface(found: command.Cluster, *, dry_run: bool) -> str | None:

@@ -77,7 +77,7 @@ from tunesmith_launch.command import Command
 from tunesmith_launch.supervise import Grace, supervise
 folder, agent, grace, *argv = sys.argv[1:]
 command = Command((sys.executable, *argv), has_agent=bool(agent))
-sys.exit(supervise(command, Path(folder), Grace(**eval(grace))))
+sys.exit(supervise(command, Path(folder), grace=Grace(**eval(grace))))
 """
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +28,7 @@ from tunesmith.ending import (
     describe,
     holds_a_run,
     last_step,
+    read,
     record,
     run_folder,
     wait_for_word,
@@ -117,23 +118,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     rank = int(os.environ.get("RANK", "0"))
     faulthandler.enable()
+    keep_records()
     for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` has SIGHUP ignored
             signal.signal(number, _raise_signalled)
-    folder: Path | None = None
-    supervisor: Supervisor | None = None
+    word = _Word(rank)
     try:
         if path := os.environ.pop("TUNESMITH_SUPERVISOR", None):
-            supervisor = Supervisor(path, rank)
+            word.supervisor = Supervisor(path, rank)
+        elif several():
+            word.peers = Peers(rank, int(os.environ["WORLD_SIZE"]), word.end)
         loaded = load_recipe(given.recipe, given.overrides)
-        folder = own_folder(loaded, given, clean=rank == 0 and supervisor is None)
+        if word.peers is not None:
+            word.peers.timeout = loaded.recipe.parallel.timeout
+        word.folder = own_folder(loaded, given, clean=rank == 0 and word.supervisor is None)
         train(loaded, given)
     except BaseException as error:
         # the ranks' launcher sends SIGTERM to all as soon as one has ended: what is left here takes a moment
         _on_signals(signal.SIG_IGN)
-        told = describe(error, folder)
+        told = describe(error, word.folder)
         code, reason = told or (1, "".join(traceback.format_exception_only(error)).strip())
-        speak = finish(code, reason, rank, folder, supervisor)
+        speak, reason = word.leave(code, reason)
         _on_signals(signal.SIG_DFL)
         if speak and told is None:
             raise
@@ -142,7 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if os.environ.get("TUNESMITH_DEBUG") == "1":
                 traceback.print_exception(error)
         return code
-    finish(0, "done", rank, folder if rank == 0 else None, supervisor)
+    if rank != 0:
+        word.folder = None
+    word.leave(0, "done")
     return 0
 
 
@@ -173,28 +180,58 @@ def train(loaded: Loaded, given: argparse.Namespace) -> None:
     run(loaded.recipe, loaded.base, Resume(given.resume, given.overwrite, given.restart))
 
 
-def finish(code: int, reason: str, rank: int, folder: Path | None, supervisor: Supervisor | None) -> bool:
-    """Leaves word of the ending. Whether it is for this rank to tell the user."""
-    ending = Ending(code, reason, rank, None if folder is None else last_step(folder))
-    speak = os.environ.get("LOCAL_RANK", "0") == "0"  # without a folder, all ranks fail alike
-    if folder is not None:
-        # who knows more speaks first: the peer that was lost; rank 0, where all have agreed to stop, which may have a
-        # tracker to close, and would be killed if another ended long before it
+@dataclass(slots=True)
+class _Word:
+    """Who is to know how this rank ends. `folder` is the run's, None where none is this rank's to write to."""
+
+    rank: int
+    folder: Path | None = None
+    supervisor: Supervisor | None = None
+    peers: Peers | None = None
+
+    def leave(self, code: int, reason: str) -> tuple[bool, str]:
+        """Leaves word of the ending. Whether it is for this rank to tell the user, and what."""
+        if self.peers is not None and code != PEER_LOST:
+            self.peers.watchdog.stop()
+        step = None if self.folder is None else last_step(self.folder)
+        ending = Ending(code, reason, self.rank, step)
+        if code == PEER_LOST and self.supervisor is not None:
+            self.supervisor.report(ending)  # now: it asks everybody, and says whose fault it was
+        speak = os.environ.get("LOCAL_RANK", "0") == "0"  # without a folder, all ranks fail alike
+        if self.folder is not None:
+            self._wait(code, self.folder)
+            if code == PEER_LOST and self.peers is not None and read(self.folder) is None:
+                verdict = self.peers.judge(reason.removesuffix("; continue with --resume"))
+                if verdict is not None:
+                    ending = Ending(code, verdict.reason, verdict.rank, verdict.step)
+            speak = self._record(self.folder, ending)
+        if self.supervisor is not None and code != PEER_LOST:
+            self.supervisor.report(ending)
+        return speak, ending.reason
+
+    def _wait(self, code: int, folder: Path) -> None:
+        """Who knows more speaks first: the peer that was lost, or who judges; rank 0, where all have agreed to stop,
+        which may have a tracker to close, and would be killed if another ended long before it."""
         if code == PEER_LOST:
-            wait_for_word(folder, 3.0)
-        elif rank != 0 and code in {STOPPED, INTERRUPTED}:
+            wait_for_word(folder, 3.0 if self.supervisor is None else 10.0)
+        elif self.rank != 0 and code in {STOPPED, INTERRUPTED}:
             one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
             wait_for_word(folder, 60.0 if one_machine else 3.0)
+
+    def _record(self, folder: Path, ending: Ending) -> bool:
         try:
             before = record(folder, ending)
         except OSError as error:
-            speak = True
             print(f"{folder}/exit.json cannot be written: {error.strerror}", file=sys.stderr, flush=True)
-        else:
-            speak = before is None or (ending.is_cause and before.reason != reason)
-    if supervisor is not None:
-        supervisor.report(ending)
-    return speak
+            return True
+        return before is None or (ending.is_cause and before.reason != ending.reason)
+
+    def end(self, verdict: Verdict) -> None:
+        """Ends this process from another thread, by what was found of the job."""
+        ending = Ending(PEER_LOST, verdict.reason, verdict.rank, verdict.step)
+        if self.folder is not None and self._record(self.folder, ending):
+            print(verdict.reason, file=sys.stderr, flush=True)
+        os._exit(PEER_LOST)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any, Literal
 STEP = "step"  # the mark of a finished optimizer step among a rank's recent collectives
 SILENCE = 4.0  # seconds without a beat, of which one comes each second, that mean something
 
-State = Literal["running", "stopped", "gone"]
+State = Literal["running", "stopped", "gone", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,8 @@ class Beat:
 @dataclass(frozen=True, slots=True)
 class Witness:
     """A rank as it is seen from outside. `node` is None where there is only one; `silent`: seconds since its last
-    beat; `crash`: the signal by which it died, as Python names it, where it could still say so."""
+    beat; "failed": it noticed itself that a peer is lost; `words`: its last, the error that it raised or, where it
+    is gone and could still say so, how Python names its crash ("Aborted")."""
 
     rank: int
     pid: int
@@ -84,7 +85,7 @@ class Witness:
     state: State = "running"
     silent: float = 0.0
     beat: Beat = Beat()
-    crash: str = ""
+    words: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank}{f' on {self.node}' if self.node else ''} (process {self.pid})"
@@ -102,7 +103,9 @@ class Lost:
     def __str__(self) -> str:
         if self.silent is None:
             return f"machine {self.machine} never called"
-        return f"machine {self.machine} ({self.node}) is lost: nothing was heard from it for {self.silent:.0f} s"
+        return (
+            f"machine {self.machine} ({self.node}) is lost: nothing was heard from it for {self.silent:.0f} s"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +117,8 @@ class Verdict:
     step: int | None
 
 
-def judge(ranks: Sequence[Witness], lost: Sequence[Lost], timeout: float, otherwise: str = "") -> Verdict:
-    """The likeliest culprit; `otherwise` is what a rank said itself, for where nothing else is known. `timeout` is
-    that of a collective, in seconds."""
+def judge(ranks: Sequence[Witness], lost: Sequence[Lost], timeout: float) -> Verdict:
+    """The likeliest culprit. `timeout` is that of a collective, in seconds."""
     step = max((w.beat.step for w in ranks if w.beat.step is not None), default=None)
     waiting = _waiting(ranks)
 
@@ -130,12 +132,17 @@ def judge(ranks: Sequence[Witness], lost: Sequence[Lost], timeout: float, otherw
             where = f"{what}; {who} was in {waits}{place}"
         return Verdict(f"{where}; continue with --resume", rank, step)
 
-    if lost:
-        return verdict(str(lost[0]), lost[0].first_rank)
+    met = any(w.beat.reached for w in ranks)  # all have come: one that never called does without the lease
+    if gone := [machine for machine in lost if machine.silent is not None or not met]:
+        return verdict(str(gone[0]), gone[0].first_rank)
     for w in ranks:
-        victim = w.crash.startswith("Abort") or (w.beat.waits is not None and w.beat.seconds > timeout - 3.0)
+        victim = w.words.startswith("Abort") or (w.beat.waits is not None and w.beat.seconds > timeout - 3.0)
         if w.state == "gone" and not victim:
-            how = f"crashed ({w.crash})" if w.crash else "killed, perhaps by the system for lack of memory, or crashed"
+            how = (
+                f"crashed ({w.words})"
+                if w.words
+                else "killed, perhaps by the system for lack of memory, or crashed"
+            )
             return verdict(f"{w} is gone: {how}", w.rank)
     if found := _skipped(ranks):
         w, called, expected = found
@@ -144,15 +151,19 @@ def judge(ranks: Sequence[Witness], lost: Sequence[Lost], timeout: float, otherw
         return verdict(*found)
     for w in ranks:
         if w.state == "stopped":
-            return verdict(f"{w} is stopped (SIGSTOP, or a debugger) since {w.silent:.0f} s", w.rank)
+            return verdict(f"{w} is stopped (SIGSTOP) since {w.silent:.0f} s", w.rank)
     for w in ranks:
         if w.state == "gone":
             return verdict(f"{w} is gone: it aborted", w.rank)
     for w in ranks:
         if w.silent > SILENCE:
             return verdict(f"{w} has not answered for {w.silent:.0f} s", w.rank)
-    if otherwise or waiting is None:
-        return verdict(otherwise or "a peer was lost", waiting.rank if waiting else 0)
+    failed = next((w for w in ranks if w.state == "failed" and w.words), waiting)
+    if failed is None:
+        return verdict("a peer was lost", 0)
+    if failed.state == "failed":
+        return verdict(failed.words, failed.rank)
+    assert waiting is not None
     return verdict("every rank waits for the others: the network between them is stuck", waiting.rank)
 
 
@@ -176,7 +187,7 @@ def _behind(ranks: Sequence[Witness], waiting: Witness | None) -> tuple[str, int
     last = _reached(w, awaited)
     match w.state:
         case "stopped":
-            how = f"is stopped (SIGSTOP, or a debugger) since {w.silent:.0f} s"
+            how = f"is stopped (SIGSTOP) since {w.silent:.0f} s"
         case "gone":
             how = "is gone: it aborted"
         case _ if w.silent > SILENCE:

@@ -45,16 +45,15 @@ class Peers:
         self.rank, self.world_size, self._end = rank, world_size, end
         self.timeout = 600.0  # seconds; the recipe's, once it is read
         self._store: _Store | None = None
-        self._lock = threading.Lock()  # the store's connection carries one question at a time
         self._beats = 0
         self.watchdog = Watchdog(self._tell)
 
     def _tell(self, beat: Beat) -> bool:
-        if self._store is None and (self._store := _connect()) is None:
+        store = self._store = self._store or _connect()
+        if store is None:
             return True
         try:
-            with self._lock:
-                found = self._leave(self._store, beat)
+            found = self._leave(store, beat)
         except RuntimeError:
             return False  # the store is gone with its process: gloo and NCCL say so themselves
         if found is None and beat.waits is not None and beat.seconds > self.timeout + _MARGIN:
@@ -65,7 +64,12 @@ class Peers:
 
     def _leave(self, store: _Store, beat: Beat) -> Verdict | None:
         self._beats += 1
-        values = {"number": self._beats, "host": socket.gethostname(), "pid": os.getpid(), "beat": beat.to_json()}
+        values = {
+            "number": self._beats,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "beat": beat.to_json(),
+        }
         store.set(f"tunesmith/beat/{self.rank}", json.dumps(values))
         return _verdict(store.get(_VERDICT)) if store.check([_VERDICT]) else None
 
@@ -87,11 +91,11 @@ class Peers:
             first = self._read(store)
             time.sleep(_BETWEEN)
             second = self._read(store)
-            found = judge(self._witnesses(first, second, beat), [], self.timeout, reason)
+            found = judge(self._witnesses(first, second, beat, reason), [], self.timeout)
             given = _verdict(store.compare_set(_VERDICT, "", _text(found)))
         except RuntimeError:
             return []
-        for witness in self._witnesses(first, second, beat):
+        for witness in self._witnesses(first, second, beat, reason):
             if witness.state == "stopped" and witness.rank == given.rank and _is_sibling(witness.pid):
                 with suppress(ProcessLookupError):
                     os.kill(witness.pid, signal.SIGKILL)
@@ -102,10 +106,14 @@ class Peers:
         return {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
 
     def _witnesses(
-        self, first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]], own: Beat
+        self, first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]], own: Beat, reason: str
     ) -> list[Witness]:
-        here, several = socket.gethostname(), len({v["host"] for v in second.values()} | {socket.gethostname()}) > 1
-        found = [Witness(self.rank, os.getpid(), here if several else None, beat=own)]
+        here, several = (
+            socket.gethostname(),
+            len({v["host"] for v in second.values()} | {socket.gethostname()}) > 1,
+        )
+        state: State = "failed" if reason else "running"
+        found = [Witness(self.rank, os.getpid(), here if several else None, state, 0.0, own, reason)]
         for rank, values in sorted(second.items()):
             silent = values["number"] == first.get(rank, values)["number"]
             state = state_of(values["pid"]) if silent and values["host"] == here else "running"
@@ -147,7 +155,7 @@ def state_of(pid: int) -> State:
         return "gone"
     if status == psutil.STATUS_ZOMBIE:
         return "gone"
-    return "stopped" if status in {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP} else "running"
+    return "stopped" if status == psutil.STATUS_STOPPED else "running"
 
 
 def _is_sibling(pid: int) -> bool:

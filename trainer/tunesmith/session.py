@@ -15,8 +15,9 @@ from tunesmith.generation import evaluate_generation
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
 from tunesmith.signals import StopRequest
-from tunesmith.tracking.events import Event, Message, Saved
+from tunesmith.tracking.events import Event, Message, Saved, Stepped
 from tunesmith.tracking.tracker import Tracker
+from tunesmith.watchdog import stepped
 
 
 @dataclass(slots=True)
@@ -34,6 +35,8 @@ class Session:
     _told: set[Path] = field(default_factory=set[Path])
 
     def emit(self, event: Event) -> None:
+        if isinstance(event, Stepped):
+            stepped(event.step)
         self.tracker.on(event)
 
     def evaluate(self, step: int, epoch: float, split: str = "eval") -> Evaluation:

@@ -71,7 +71,10 @@ def _entries() -> list[dict[str, Any]]:
     """The recorded collectives, oldest first; empty before torch is there."""
     c10d = sys.modules.get("torch._C._distributed_c10d")
     entries: list[dict[str, Any]] = []
-    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # each of the two backends has one of its own
+    for name in (
+        "_dump_fr_trace_json",
+        "_dump_nccl_trace_json",
+    ):  # each of the two backends has one of its own
         if (dump := getattr(c10d, name, None)) is not None:
             entries += json.loads(dump()).get("entries", [])
     return [entry for entry in entries if not entry["is_p2p"]]
