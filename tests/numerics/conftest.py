@@ -41,15 +41,31 @@ def workshop_eval(workshop: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks.start(2)
-    yield pool
-    pool.stop()
+class Pools:
+    """Pools of ranks by their number, started when they are first asked for."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Ranks] = {}
+
+    def __getitem__(self, world_size: int) -> Ranks:
+        if world_size not in self._pools:
+            self._pools[world_size] = Ranks.start(world_size)
+        return self._pools[world_size]
+
+    def stop(self) -> None:
+        for pool in self._pools.values():
+            pool.stop()
 
 
 @pytest.fixture(scope="session")
-def train(workshop: Path, request: pytest.FixtureRequest) -> Run:
+def pools() -> Iterator[Pools]:
+    made = Pools()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="session")
+def train(workshop: Path, pools: Pools) -> Run:
     """train(case, optimizer, layout, steps, **sections) → Result, of the real run; equal calls train once."""
     results: dict[str, Result] = {}
 
@@ -61,9 +77,7 @@ def train(workshop: Path, request: pytest.FixtureRequest) -> Run:
             if layout.world_size == 1:
                 run(named, workshop, Resume())
             else:
-                pool: Ranks = request.getfixturevalue("ranks")
-                assert pool.world_size == layout.world_size
-                pool.run(named, workshop)
+                pools[layout.world_size].run(named, workshop)
             results[key] = read_result(workshop / "runs" / named.run_name)
         return results[key]
 

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from tunesmith.recipe import Recipe
+from tunesmith.run import Resume
 
 SECONDS = 120.0  # for one run
 
@@ -41,11 +42,11 @@ class Ranks:
             process.start()
         return Ranks(world_size, list(processes), [own for own, _ in pipes])
 
-    def run(self, recipe: Recipe, base: Path) -> None:
+    def run(self, recipe: Recipe, base: Path, how: Resume | None = None) -> None:
         assert all(process.is_alive() for process in self.processes), "the ranks died in an earlier test"
         port = _free_port()
         for pipe in self.pipes:
-            pipe.send((recipe, base, port))
+            pipe.send((recipe, base, port, how or Resume()))
         waiting = list(self.pipes)
         failures: list[str] = []
         try:
@@ -109,19 +110,19 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
     import torch
     from accelerate.state import AcceleratorState
 
-    from tunesmith.run import Resume, run
+    from tunesmith.run import run
 
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
     environment, fresh = dict(os.environ), _deepspeed_globals()
     while True:
         try:
-            recipe, base, port = pipe.recv()
+            recipe, base, port, how = pipe.recv()
         except EOFError:
             return
         os.environ["MASTER_PORT"] = str(port)
         try:
-            run(recipe, base, Resume())
+            run(recipe, base, how)
             pipe.send("")
         except BaseException:  # noqa: BLE001 — the test reports it
             pipe.send(f"rank {rank}:\n{traceback.format_exc()}")

@@ -6,7 +6,6 @@ leave it. Its forward has a mode; every rank runs the same mode at the same time
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,8 +28,7 @@ class Loss(NamedTuple):
     parts: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Predicted:
+class Predicted(NamedTuple):
     """`sums` are the terms' sums over the batch [terms], `predictions` the objective's, one per row."""
 
     sums: Tensor

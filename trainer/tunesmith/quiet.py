@@ -9,6 +9,11 @@ import os
 def quiet_libraries() -> None:
     """Errors only, and no progress bars, from transformers and datasets."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tunesmith.engine import device_type
+
+    if device_type() == "cpu":
+        # accelerate imports deepspeed wherever it is installed, which warns where it has to find out by itself
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -57,7 +57,6 @@ class Recorder:
         if last:
             open_ = open_ or entries[-1:]
         if not open_:
-            self._oldest = None
             return Beat(step, None, 0.0, dict(self._reached), _recent(entries) if last else ())
         oldest = _collective(open_[0])
         if self._oldest is None or self._oldest[0] != oldest:
@@ -113,11 +112,13 @@ class Watchdog:
         self._recorder = Recorder()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+        self._failed = False
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def last_words(self) -> Beat:
-        """Where the rank is, in full; from any thread."""
+        """Where the rank was when it failed, from any thread; so it will be in all further beats."""
         with self._lock:
+            self._failed = True
             return self._recorder.beat(last=True)
 
     def stop(self) -> None:
@@ -126,6 +127,6 @@ class Watchdog:
     def _run(self) -> None:
         while not self._stopped.wait(INTERVAL):
             with self._lock:
-                beat = self._recorder.beat()
+                beat = self._recorder.beat(last=self._failed)
             if not self._tell(beat):
                 return

@@ -33,7 +33,7 @@ class Source:
         `missing_keys` and `unexpected_keys`."""
         torch.manual_seed(self.seed)
         if self.path is not None:
-            return self.auto_class.from_pretrained(
+            model, found = self.auto_class.from_pretrained(
                 self.path,
                 config=self.config,
                 revision=self.revision,
@@ -42,6 +42,9 @@ class Source:
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
             )
+            # under ZeRO-3 transformers keeps all that it knows, and would save the names of years ago
+            model._weight_conversions = [one for one in model._weight_conversions if one.was_used()]
+            return model, found
         return self._drawn(), {}
 
     def _drawn(self) -> Any:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from typing import Any, cast
 
 import torch
@@ -62,9 +63,10 @@ class ZeroEngine(RankedEngine):
         handler = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=settings.timeout))
         world_size = int(os.environ["WORLD_SIZE"])
         plugin = DeepSpeedPlugin(hf_ds_config=_config(self.stage, settings, world_size))
-        self.accelerator: Any = Accelerator(
-            mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[handler]
-        )
+        with redirect_stdout(StringIO()):  # it prints what it has built
+            self.accelerator: Any = Accelerator(
+                mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[handler]
+            )
         self._take_places(torch.device("cpu") if device_type == "cpu" else self.accelerator.device)
 
     def prepare(self, module: TrainModule, fill: Fill, settings: Optim) -> None:
@@ -256,7 +258,7 @@ class ZeroEngine(RankedEngine):
 
 def _quiet() -> None:
     """DeepSpeed tells of every step of its own start, and calls functions that torch means to rename."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tunesmith.preflight.facts import Facts
@@ -29,9 +29,8 @@ class Odd:
     usual: str | None
 
 
-def odd_ones(named: Named, pick: Callable[[Facts], Mapping[str, str]]) -> Iterator[Odd]:
-    """By node, then by key; `named` is in the order of ranks."""
-    values = {node: pick(facts) for node, facts in named.items()}
+def odd_ones(values: Mapping[str, Mapping[str, str]]) -> Iterator[Odd]:
+    """By node, then by key; `values` (node → key → value) are in the order of ranks."""
     keys = sorted({key for own in values.values() for key in own})
     usual = {key: Counter(own.get(key) for own in values.values()).most_common(1)[0][0] for key in keys}
     for node, own in values.items():
@@ -50,19 +49,20 @@ def agreement_findings(named: Named) -> Iterator[Finding]:
 
 
 def _recipe(named: Named) -> Iterator[Finding]:
-    for odd in odd_ones(named, lambda facts: facts.recipe):
+    for odd in odd_ones({node: facts.recipe for node, facts in named.items()}):
         what = f"the recipe says {odd.key}: {odd.own or _ABSENT}, elsewhere {odd.usual or _ABSENT}"
         yield error(odd.node, what, "copy the recipe to every node, and give the same overrides", 2)
 
 
 def _contents(named: Named) -> Iterator[Finding]:
     """Files of data and model, by name; a node that lacks most of a folder gets a few lines, not thousands."""
-    for pick, fix in (
-        (lambda facts: facts.data, "copy the data to every node again, or put them on a shared file system"),
-        (lambda facts: facts.model, "copy the model's folder to every node again"),
-    ):  # type: tuple[Callable[[Facts], Mapping[str, str]], str]
+    data = "copy the data to every node again, or put them on a shared file system"
+    model = "copy the model's folder to every node again"
+    data_values = {node: facts.data for node, facts in named.items()}
+    model_values = {node: facts.model for node, facts in named.items()}
+    for values, fix in ((data_values, data), (model_values, model)):
         by_node: dict[str, list[Odd]] = {}
-        for odd in odd_ones(named, pick):
+        for odd in odd_ones(values):
             by_node.setdefault(odd.node, []).append(odd)
         for node, odds in by_node.items():
             for odd in odds[:_NAMED]:
@@ -86,7 +86,7 @@ def _difference(odd: Odd) -> str:
 
 
 def _versions(named: Named) -> Iterator[Finding]:
-    for odd in odd_ones(named, lambda facts: facts.versions):
+    for odd in odd_ones({node: facts.versions for node, facts in named.items()}):
         what = f"{odd.key} is {odd.own or 'not installed'}, elsewhere {odd.usual or 'not installed'}"
         fix = _install(odd)
         loose = odd.key in _LOOSE or (odd.key == "python" and _minor(odd.own) == _minor(odd.usual))
@@ -107,15 +107,17 @@ def _install(odd: Odd) -> str:
 
 def _code(named: Named) -> Iterator[Finding]:
     by_node: dict[str, list[str]] = {}
-    for odd in odd_ones(named, lambda facts: facts.code):
+    for odd in odd_ones({node: facts.code for node, facts in named.items()}):
         by_node.setdefault(odd.node, []).append(odd.key)
     for node, files in by_node.items():
         few = ", ".join(files[:_NAMED]) + (f" and {len(files) - _NAMED} more" if len(files) > _NAMED else "")
-        yield error(node, f"another code of tunesmith than elsewhere: {few}", "install the same tunesmith everywhere")
+        yield error(
+            node, f"another code of tunesmith than elsewhere: {few}", "install the same tunesmith everywhere"
+        )
 
 
 def _variables(named: Named) -> Iterator[Finding]:
-    for odd in odd_ones(named, lambda facts: facts.environ):
+    for odd in odd_ones({node: facts.environ for node, facts in named.items()}):
         what = f"{odd.key} is {odd.own or 'not set'}, elsewhere {odd.usual or 'not set'}"
         fix = f"export {odd.key}={odd.usual} there" if odd.usual is not None else f"unset {odd.key} there"
         loose = odd.key in _LOOSE_VARIABLES
@@ -123,12 +125,12 @@ def _variables(named: Named) -> Iterator[Finding]:
 
 
 def _devices(named: Named) -> Iterator[Finding]:
-    for odd in odd_ones(named, lambda facts: {"kind": facts.device.kind}):
+    for odd in odd_ones({node: {"kind": facts.device.kind} for node, facts in named.items()}):
         what = f"computes on {odd.own}, elsewhere on {odd.usual}"
         fix = f"make its {odd.usual} visible (driver, container flags, CUDA_VISIBLE_DEVICES), or set TUNESMITH_DEVICE"
         yield error(odd.node, what, fix)
     accelerated = {node: facts for node, facts in named.items() if facts.device.kind != "cpu"}
-    for odd in odd_ones(accelerated, lambda facts: {"name": facts.device.name}):
+    for odd in odd_ones({node: {"name": facts.device.name} for node, facts in accelerated.items()}):
         what = f"has {odd.own}, elsewhere {odd.usual}"
         yield warning(odd.node, what, "the slowest device sets the pace of all: take nodes of one kind")
     largest = max((facts.device.total_bytes for facts in accelerated.values()), default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tunesmith.preflight.agreement import agreement_findings
@@ -12,6 +12,7 @@ from tunesmith.preflight.findings import Finding, error, warning
 from tunesmith.preflight.fitness import fitness_findings
 
 CLOCK_WARNING, CLOCK_ERROR = 2.0, 60.0  # seconds
+RANK_FIX = "give each machine another --machine-rank (0 to N-1), and each process another RANK"
 
 
 def compare(everyone: Sequence[Facts]) -> list[Finding]:
@@ -69,11 +70,15 @@ def rank_findings(facts: Facts, named: Mapping[str, Facts], name: str) -> Iterat
                     f"{usual.get(key, 'not at all')}"
                 )
                 fix = (
-                    "start all ranks by one interpreter" if kind == "version" else f"set {key} alike for all ranks"
+                    "start all ranks by one interpreter"
+                    if kind == "version"
+                    else f"set {key} alike for all ranks"
                 )
                 yield error(name, what, fix)
     if facts.device.kind != leader.device.kind:
-        what = f"rank {rank} computes on {facts.device.kind}, rank {leader.claim.rank} on {leader.device.kind}"
+        what = (
+            f"rank {rank} computes on {facts.device.kind}, rank {leader.claim.rank} on {leader.device.kind}"
+        )
         yield error(name, what, "see CUDA_VISIBLE_DEVICES and TUNESMITH_DEVICE of that rank")
 
 
@@ -120,7 +125,11 @@ def network_findings(named: Mapping[str, Facts]) -> Iterator[Finding]:
         if not several or network.wanted:
             continue
         if network.loopback:
-            use = network.toward if network.toward not in (None, "lo") else next(iter(network.available), "eth0")
+            use = (
+                network.toward
+                if network.toward not in (None, "lo")
+                else next(iter(network.available), "eth0")
+            )
             on = f"{network.address} ({network.interface or 'of no interface'})"
             what = f"its ranks would be reached at {on}, which is loopback: no other node comes there"
             yield error(name, what, f"export GLOO_SOCKET_IFNAME={use} NCCL_SOCKET_IFNAME={use} there")
@@ -137,7 +146,7 @@ def network_findings(named: Mapping[str, Facts]) -> Iterator[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class Roll:
-    """What the claims say. `complete`: each rank of the world once; `hopeless`: waiting longer cannot mend it."""
+    """What the claims say. `complete`: each rank of the world once, and nothing else."""
 
     claims: tuple[Claim, ...]
     missing: tuple[int, ...]
@@ -146,10 +155,6 @@ class Roll:
     @property
     def complete(self) -> bool:
         return not self.missing and not self.findings
-
-    @property
-    def hopeless(self) -> bool:
-        return bool(self.findings)
 
 
 def call_roll(claims: Sequence[Claim], world_size: int) -> Roll:
@@ -160,12 +165,13 @@ def call_roll(claims: Sequence[Claim], world_size: int) -> Roll:
         other = first.setdefault(claim.rank, claim)
         if other is not claim:
             what = f"rank {claim.rank} is claimed here and on {node_name(other)}"
-            fix = "give each machine another --machine-rank (0 to N-1), and each process another RANK"
-            found.append(error(node_name(claim), what, fix))
+            found.append(error(node_name(claim), what, RANK_FIX))
     for claim in claims:
         if claim.world_size != world_size:
             what = f"rank {claim.rank} was started for {claim.world_size} processes, rank 0 for {world_size}"
-            found.append(error(node_name(claim), what, "give --num-processes and --num-machines alike everywhere"))
+            found.append(
+                error(node_name(claim), what, "give --num-processes and --num-machines alike everywhere")
+            )
             break
     for claim in claims:
         if claim.world_size == world_size and not claim.rank < world_size:
@@ -193,6 +199,3 @@ def missing_findings(roll: Roll, seconds: float) -> list[Finding]:
         fix = "see what its launcher says; is it started, with this address, port and machine rank?"
         found.append(error(name, what, fix))
     return found
-
-
-Pick = Callable[[Facts], Mapping[str, str]]

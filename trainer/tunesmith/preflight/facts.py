@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from tunesmith.preflight import content
 from tunesmith.preflight.probe import Device, Probe
@@ -71,7 +73,9 @@ class Facts:
     data: dict[str, str] = field(default_factory=dict[str, str])
     model: dict[str, str] = field(default_factory=dict[str, str])
     code: dict[str, str] = field(default_factory=dict[str, str])
-    disks: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])  # (free, total) bytes
+    disks: dict[str, tuple[int, int]] = field(
+        default_factory=dict[str, tuple[int, int]]
+    )  # (free, total) bytes
     network: Network | None = None
     infiniband: bool = False
     clock: tuple[float, float] | None = None  # seconds ahead of rank 0: at least, at most
@@ -81,17 +85,10 @@ class Facts:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Facts:
-        network: dict[str, Any] | None = values["network"]
-        made = {
-            "claim": Claim(**values["claim"]),
-            "device": Device(**values["device"]),
-            "network": None
-            if network is None
-            else Network(**(network | {"available": tuple(network["available"])})),
-            "disks": {name: (free, total) for name, (free, total) in values["disks"].items()},
-            "clock": None if values["clock"] is None else tuple(values["clock"]),
-        }
-        return cls(**(values | made))
+        return _FACTS.validate_python(values)
+
+
+_FACTS = TypeAdapter(Facts)
 
 
 def claim(probe: Probe, uid: str) -> Claim:
@@ -125,8 +122,6 @@ def gather(recipe: Recipe, base: Path, who: Claim, probe: Probe) -> Facts:
     )
     if not who.leads:
         return facts
-    from dataclasses import replace
-
     return replace(
         facts,
         recipe=content.recipe_values(recipe),
@@ -209,4 +204,4 @@ def _interface_names(variable: str, value: str) -> list[str]:
 
 
 def new_uid() -> str:
-    return os.urandom(8).hex()
+    return f"{os.getpid()}-{os.urandom(8).hex()}"

@@ -12,7 +12,10 @@ MIB = 2**20
 # a rank has files, libraries and pipes open, and with gloo or NCCL a socket or more to each peer
 _FILES, _FILES_PER_PEER = 256, 4
 _PROCESSES_PER_RANK = 64  # threads count: pools of OpenMP, gloo, NCCL and pinned-memory copies
-_SHARED_LEAST, _SHARED_PER_RANK = 16 * MIB, 64 * MIB  # NCCL and DeepSpeed pass data between a node's ranks there
+_SHARED_LEAST, _SHARED_PER_RANK = (
+    16 * MIB,
+    64 * MIB,
+)  # NCCL and DeepSpeed pass data between a node's ranks there
 _DISK_LEAST = 64 * MIB  # encoded rows, compiled kernels
 
 
@@ -61,9 +64,11 @@ def _devices(name: str, leader: Facts, here: Sequence[Facts]) -> Iterator[Findin
     ranks = max(leader.claim.local_world_size, len(here))
     if device.count < ranks:
         what = f"{ranks} ranks, but {device.count} {device.kind} device{'s' * (device.count != 1)} visible"
-        yield error(name, what, "lower --num-processes, or see CUDA_VISIBLE_DEVICES and the scheduler's request")
+        yield error(
+            name, what, "lower --num-processes, or see CUDA_VISIBLE_DEVICES and the scheduler's request"
+        )
     for facts in here:
         total, free = facts.device.total_bytes, facts.device.free_bytes
-        if 0 < total and free < total / 2:
+        if total > 0 and free < total / 2:
             what = f"rank {facts.claim.rank}'s {facts.device.name} has {size(free)} free of {size(total)}"
             yield warning(name, what, "another process holds its memory: see nvidia-smi")

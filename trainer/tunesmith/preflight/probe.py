@@ -132,7 +132,9 @@ class Probe:
                 if a.family in (socket.AF_INET, socket.AF_INET6)
             )
             up, mtu = (state.isup, state.mtu) if state is not None else (False, 0)
-            speed = state.speed if state is not None and state.speed > 0 else None
+            # a virtual interface (veth, bridge, tap) says 10 Gbit/s, whatever lies behind it
+            real = Path(f"/sys/class/net/{name}/device").exists()
+            speed = state.speed if state is not None and state.speed > 0 and real else None
             found.append(Interface(name, numbers, up, mtu, speed))
         return found
 

@@ -1,0 +1,214 @@
+"""Every engine trains what one process trains: losses, gradient norms, weights, order of samples; and a run can be
+continued by any of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import Pools
+from objective_cases import (
+    ADAMW,
+    CASES,
+    SGD,
+    SLOW_SGD,
+    WHOLE,
+    Layout,
+    Run,
+    assert_same_curves,
+    assert_same_weights,
+    read_result,
+    recipe,
+)
+from tunesmith.run import Resume, run
+
+CORE = ["sft", "single_label"]
+SHARDED: dict[str, dict[str, Any]] = {
+    "zero1": {"strategy": "zero1"},
+    "zero2": {"strategy": "zero2"},
+    "zero3": {"strategy": "zero3"},
+    "fsdp2": {"strategy": "fsdp2"},
+}
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "zero1-offload": {"strategy": "zero1", "offload_optimizer": True},
+    "zero2-offload": {"strategy": "zero2", "offload_optimizer": True},
+    "zero3-offload": {"strategy": "zero3", "offload_optimizer": True, "offload_parameters": True},
+    "fsdp2-offload": {"strategy": "fsdp2", "offload": True},
+}
+TWO = Layout(4, world_size=2)
+FOUR = Layout(2, world_size=4)
+
+
+@pytest.mark.parametrize("case", CORE)
+@pytest.mark.parametrize("strategy", [*SHARDED, *OFFLOADED])
+def test_unclipped_sgd_does_not_see_the_engine(train: Run, case: str, strategy: str) -> None:
+    parallel = (SHARDED | OFFLOADED)[strategy]
+    one, two = train(case, SGD, WHOLE, 20), train(case, SGD, TWO, 20, parallel=parallel)
+    assert two.facts["engine"] == parallel["strategy"]
+    assert two.facts["shard_size"] == 2
+    assert_same_curves(two, one)
+    assert_same_weights(two, one)
+
+
+@pytest.mark.parametrize("case", CORE)
+@pytest.mark.parametrize("strategy", [*SHARDED, *OFFLOADED])
+def test_clipped_adamw_does_not_see_the_engine(train: Run, case: str, strategy: str) -> None:
+    parallel = (SHARDED | OFFLOADED)[strategy]
+    one, two = train(case, ADAMW, WHOLE, 30), train(case, ADAMW, TWO, 30, parallel=parallel)
+    assert min(one.curve("grad_norm")) > 0.1, "every step is meant to be clipped"
+    assert_same_curves(two, one)
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - set(CORE)))
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_every_objective_trains_in_shards(train: Run, case: str, strategy: str) -> None:
+    one, two = train(case, SGD, WHOLE, 20), train(case, SGD, TWO, 20, parallel=SHARDED[strategy])
+    assert_same_curves(two, one)
+    assert_same_weights(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CORE)
+@pytest.mark.parametrize("layout", [Layout(8, world_size=1), TWO, FOUR], ids=["1", "2", "4"])
+@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+def test_a_hundred_steps_on_any_number_of_ranks(
+    train: Run, case: str, layout: Layout, strategy: str
+) -> None:
+    parallel = SHARDED.get(strategy, {"strategy": strategy})
+    if layout.world_size == 1:
+        pytest.skip("one rank of a sharding engine is launched in test_engines.py")
+    one, many = (
+        train(case, SLOW_SGD, WHOLE, 100),
+        train(case, SLOW_SGD, layout, 100, parallel=parallel),
+    )
+    assert_same_curves(many, one)
+    assert_same_weights(many, one)
+    one, many = train(case, ADAMW, WHOLE, 30), train(case, ADAMW, layout, 30, parallel=parallel)
+    assert_same_curves(many, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CORE)
+def test_copies_of_shards(train: Run, case: str) -> None:
+    """Hybrid sharding: two copies of two shards."""
+    parallel = {"strategy": "fsdp2", "shard_size": 2}
+    one, four = train(case, SGD, WHOLE, 20), train(case, SGD, FOUR, 20, parallel=parallel)
+    assert (four.facts["shard_size"], four.facts["replicas"]) == (2, 2)
+    assert_same_curves(four, one)
+    assert_same_weights(four, one)
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_recomputed_activations_change_nothing(train: Run, strategy: str) -> None:
+    model = {"gradient_checkpointing": True}
+    one = train("sft", SGD, WHOLE, 10)
+    two = train("sft", SGD, TWO, 10, parallel=SHARDED[strategy], model=model)
+    assert_same_curves(two, one)
+    assert_same_weights(two, one)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_new_weights_are_the_same_on_every_engine(
+    train: Run, workshop: Path, strategy: str
+) -> None:
+    """A model made by its seed alone, and a head that the checkpoint lacks."""
+    drawn = {"init": "from_config"}
+    headless = {"model_name_or_path": str(workshop / "models" / "bert_mlm")}
+    for case, model in (("sft", drawn), ("single_label", headless)):
+        one = train(case, SGD, WHOLE, 2, model=model)
+        two = train(case, SGD, TWO, 2, model=model, parallel=SHARDED[strategy])
+        assert two.facts.get("new_weights") == one.facts.get("new_weights")
+        assert_same_weights(two, one)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3", "fsdp2"])
+def test_a_frozen_part_stays_as_it_is(train: Run, strategy: str) -> None:
+    trainable = {"freeze": ["*embed*"]}
+    one = train("sft", SGD, WHOLE, 5, trainable=trainable)
+    two = train("sft", SGD, TWO, 5, trainable=trainable, parallel=SHARDED[strategy])
+    assert_same_curves(two, one)
+    assert_same_weights(two, one)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_an_evaluation_does_not_see_the_engine(
+    train: Run, workshop_eval: dict[str, dict[str, object]], strategy: str
+) -> None:
+    generate = {"generate": {"max_new_tokens": 4}}
+    one, two = (
+        train("sft", SGD, layout, 3, data=workshop_eval["sft"], evaluation=generate, **more)
+        for layout, more in ((WHOLE, {}), (TWO, {"parallel": SHARDED[strategy]}))
+    )
+    names = {name for name in one.evaluation if name.startswith("eval_") and name != "eval_seconds"}
+    assert "eval_bleu" in names
+    for name in names:
+        assert two.evaluation[name] == pytest.approx(one.evaluation[name], rel=1e-5), name
+
+
+def interrupted(run_dir: Path, copy: Path, step: int) -> Path:
+    """A copy of a finished run as it stood after the checkpoint of `step`."""
+    shutil.copytree(run_dir, copy)
+    for path in copy.glob("checkpoint-*"):
+        if int(path.name[11:]) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(copy / "final")
+    rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    kept = [json.dumps(row) for row in rows if row["step"] <= step]
+    (copy / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    return copy
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+def test_a_resumed_run_ends_with_the_same_bits(workshop: Path, pools: Pools, strategy: str) -> None:
+    made = recipe(
+        workshop, CASES["sft"], ADAMW, TWO, 6,
+        parallel={"strategy": strategy}, checkpoint={"save_steps": 3, "save_total_limit": None, "final": "last"},
+    )  # fmt: skip
+    whole = made.model_copy(update={"run_name": f"whole-{strategy}"})
+    pools[2].run(whole, workshop)
+    again = made.model_copy(update={"run_name": f"again-{strategy}"})
+    runs = workshop / "runs"
+    interrupted(runs / whole.run_name, runs / again.run_name, 3)
+    pools[2].run(again, workshop, Resume(resume=True))
+    a, b = (load_file(runs / r.run_name / "final" / "model.safetensors") for r in (whole, again))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.equal(b[name]), name
+
+
+@pytest.mark.parametrize(
+    ("saved", "continued"),
+    [("ddp", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "zero1"), ("zero1", "single"), ("fsdp2", "fsdp2x4"),
+     ("zero3", "zero3x4"), ("zero2", "ddpx4"), ("single", "zero2")],
+)  # fmt: skip
+def test_a_run_goes_on_with_another_engine(
+    workshop: Path, pools: Pools, train: Run, saved: str, continued: str
+) -> None:
+    """The world may change too: the same rows, the same losses."""
+    expected = train("single_label", ADAMW, WHOLE, 6)
+    before = _cross(workshop, pools, saved, f"from-{saved}-{continued}", None)
+    copy = f"to-{saved}-{continued}"
+    interrupted(workshop / "runs" / before, workshop / "runs" / copy, 3)
+    _cross(workshop, pools, continued, copy, Resume(resume=True))
+    found = read_result(workshop / "runs" / copy)
+    assert_same_curves(found, expected)
+
+
+def _cross(workshop: Path, pools: Pools, engine: str, run_name: str, how: Resume | None) -> str:
+    strategy, _, many = engine.partition("x")
+    world_size = 1 if strategy == "single" else int(many or 2)
+    made = recipe(
+        workshop, CASES["single_label"], ADAMW, Layout(16 // world_size, world_size), 6,
+        parallel={"strategy": strategy}, checkpoint={"save_steps": 3, "save_total_limit": None, "final": "last"},
+        training={"per_device_train_batch_size": 2},
+    ).model_copy(update={"run_name": run_name})  # fmt: skip
+    if world_size == 1:
+        run(made, workshop, how or Resume())
+    else:
+        pools[world_size].run(made, workshop, how)
+    return run_name

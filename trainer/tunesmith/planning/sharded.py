@@ -1,0 +1,119 @@
+"""Memory under torch's fully_shard (FSDP2), after its source: torch/distributed/fsdp/_fully_shard,
+`_fsdp_param_group.py` (unshard, wait_for_unshard, post_backward) and `_fsdp_collectives.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tunesmith.planning.memory import Breakdown, Place, Setup, norm_bytes, unit_of
+from tunesmith.planning.optimizers import state_bytes, temporaries
+from tunesmith.planning.workload import Unit, Workload
+from tunesmith.recipe.parallel import FSDP2
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Bytes of a unit: `whole`: its parameters in the dtype that they are computed in, padded; `gathered`: the
+    all-gather's output, which they are copied out of; `cast`: a rank's slice in that dtype, made for the gather
+    where it is not fp32; `reduced`: the input of the reduce-scatter, fp32."""
+
+    whole: float
+    gathered: float
+    cast: float
+    reduced: float
+
+
+def _sizes(unit: Unit, shards: int, width: int) -> _Sizes:
+    whole = float(unit.shard(shards) * shards * width)
+    return _Sizes(
+        whole=whole,
+        gathered=whole if shards > 1 else 0.0,
+        cast=whole / shards if width < 4 and shards > 1 else 0.0,
+        reduced=4.0 * unit.trained_shard(shards) * shards,
+    )
+
+
+def moments(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Breakdown]:
+    """A rank's slices of weights, gradients and state in fp32; the root whole from the forward's beginning to the
+    backward's end; a layer whole while it is computed."""
+    assert isinstance(setup.parallel, FSDP2)
+    shards = setup.parallel.shard_size or setup.world_size
+    width = 4 if workload.precision == "fp32" else 2
+    units = workload.units
+    local = [
+        (p.shard(shards) // max(1, p.numel // max(1, p.shape[0] if p.shape else 1)), *p.shape[1:])
+        for unit in units
+        for p in unit.parameters
+        if p.trainable
+    ]
+    slices = 4.0 * sum(unit.trained_shard(shards) for unit in units)
+    held = Breakdown(
+        weights=4.0 * sum(unit.shard(shards) for unit in units) + workload.buffers,
+        optimizer=state_bytes(workload.optim, local),
+    )
+    if setup.parallel.offload:
+        held, slices = Breakdown(weights=workload.buffers), 0.0
+    yield from _micro_step(workload, shards, width, found, held, fresh=True)
+    full = replace(held, gradients=slices)
+    if setup.accumulation(workload) > 1:
+        yield from _micro_step(workload, shards, width, found, full, fresh=False)
+    if not setup.parallel.offload:
+        needed = max(norm_bytes(setup, slices / 4), temporaries(workload.optim, local))
+        yield replace(full, activations=needed, moment="optimizer's step")
+
+
+def _micro_step(
+    workload: Workload, shards: int, width: int, found: list[Place], held: Breakdown, *, fresh: bool
+) -> Iterator[Breakdown]:
+    root = _sizes(workload.root, shards, width)
+    order = [_sizes(unit_of(workload, p), shards, width) for p in found if p.is_layer and p.part.phase == "forward"]
+    # the root is gathered first: output of the gather, then the parameters copied out of it
+    yield replace(held, gather=root.cast * 2 + root.gathered, moment="gather of the root")
+    waiting = root.gathered  # a gather's output is let go of when the next unit's is there, in the forward
+    at, slices, own_gradients, reducing = 0, held.gradients, 0.0, 0.0
+    held = replace(held, gradients=0.0)
+    for place in found:
+        base = replace(held, gradients=slices + own_gradients, buffers=reducing)
+        if not place.is_layer:
+            base = replace(base, gather=root.whole + waiting)
+            yield place.peak(keeps_gradients=True, base=base)
+            own_gradients += place.gradients
+            continue
+        unit = _sizes(unit_of(workload, place), shards, width)
+        here = replace(base, activations=place.level, moment=place.moment)
+        if place.part.phase == "forward":
+            # the next output is made while the last is still there; then the copy takes the last one's place
+            yield replace(here, gather=root.whole + waiting + unit.gathered + unit.cast * 2)
+            waiting = unit.gathered
+            yield place.peak(
+                keeps_gradients=False, base=replace(base, gather=root.whole + unit.whole + waiting)
+            )
+            at += 1
+            continue
+        # backward: copied out of a gather that began during the layer above; then the next one's begins
+        at -= 1
+        following = order[at - 1] if at > 0 else _Sizes(0.0, 0.0, 0.0, 0.0)
+        yield replace(here, gather=root.whole + unit.gathered + unit.whole)
+        ahead = root.whole + following.gathered
+        yield replace(here, gather=ahead + unit.whole + following.cast * 2)
+        yield place.peak(keeps_gradients=True, base=replace(base, gather=ahead + unit.whole))
+        # the layer's parameters go, its gradients are copied to the input of the reduce-scatter
+        reducing = unit.reduced
+        after = place.level + float(place.table[-1, 0])
+        yield replace(
+            here,
+            activations=after,
+            gather=ahead,
+            gradients=base.gradients + place.gradients,
+            buffers=reducing,
+            moment=f"reduction of layer {place.layer}",
+        )
+        slices += reducing / shards if fresh else 0.0
+        waiting = 0.0
+    yield replace(
+        held,
+        gradients=slices + own_gradients,
+        buffers=root.reduced * (1 + 1 / shards),
+        moment="reduction of the root",
+    )
