@@ -108,7 +108,7 @@ def train(
 
 
 register(app)
-app.add_typer(launch_commands.app)
+app.add_typer(launch_commands.app, name="launch")
 
 recipes = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(recipes, name="recipes")

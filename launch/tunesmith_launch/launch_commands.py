@@ -29,7 +29,6 @@ MainIp = Annotated[str | None, typer.Option(help="The address of machine 0.")]
 MainPort = Annotated[int, typer.Option(min=1, max=65535, help="A free port of machine 0.")]
 
 app = typer.Typer(
-    name="launch",
     help="Generate what a cluster needs to start a run.",
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -55,8 +55,6 @@ def _interface(found: command.Cluster, *, dry_run: bool) -> str | None:
         return interface.toward(found.main_process_ip, found.main_process_port)
     try:
         return interface.toward(found.main_process_ip, found.main_process_port, wait=0)
-    except (
-        MachineError
-    ) as error:  # the machine that only shows what would be started need not be one of the cluster
+    except MachineError as error:  # what only shows need not be on a machine of the cluster
         print(f"without {' and '.join(interface.VARIABLES)}: {error}", file=sys.stderr)
         return None

@@ -70,6 +70,7 @@ INSPECTING = {"check", "preview", "evaluate", "predict", "export"}
         ["recipes", "copy"],
         ["schema"],
         ["doctor"],
+        *(["launch", kind] for kind in ("slurm", "kubernetes", "accelerate", "torchrun")),
         *([name] for name in sorted(INSPECTING)),
     ],
 )
@@ -86,6 +87,7 @@ def test_every_command_is_in_the_test_of_examples() -> None:
         == {
             "train",
             "recipes",
+            "launch",
             "schema",
             "doctor",
         }
@@ -147,7 +149,7 @@ def test_train_hands_the_ranks_what_was_typed(
 ) -> None:
     started: list[tuple[Command, Path]] = []
 
-    def supervise(command: Command, folder: Path) -> int:
+    def supervise(command: Command, folder: Path, *_: object) -> int:
         started.append((command, folder))
         return 6
 

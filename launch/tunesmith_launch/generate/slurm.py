@@ -36,7 +36,7 @@ class Options:
 
 _BEGIN = """set -u
 if [[ $SLURM_JOB_NUM_NODES != {nodes} ]]; then
-    echo "this script is for {nodes} nodes, not $SLURM_JOB_NUM_NODES: generate it again" >&2
+    echo "this script is for --nodes {nodes}, not $SLURM_JOB_NUM_NODES: generate another" >&2
     exit 2
 fi"""
 
@@ -84,11 +84,9 @@ exit "$code"
 '
 """
 
-_END = """if ((code == 253)); then
-    code=3 # out of memory, says Slurm
-elif ((code > 200)); then
-    code=$((code % 10))
-fi"""
+_OUT_OF_MEMORY = "if ((code == 253)); then code=3; fi # out of memory, says Slurm"
+
+_DECODE = "if ((code > 200 && code < 230)); then code=$((code % 10)); fi"
 
 _REQUEUE = """
 # interrupted (5; 143: before the first checkpoint), or a node was lost (6): the next start goes on from there
@@ -110,7 +108,8 @@ def script(job: Job, options: Options) -> str:
     lines += [_BEGIN.format(nodes=job.nodes), _INSTALLED]
     if job.gpus_per_node == 0:
         lines += ["export TUNESMITH_DEVICE=cpu # also where a node has a GPU"]
-    lines += [_ADDRESS if job.nodes > 1 else "", "code=0", _srun(job, options), _END]
+    lines += [_ADDRESS if job.nodes > 1 else "", "code=0", _srun(job, options)]
+    lines += [_OUT_OF_MEMORY, *([_DECODE] if job.nodes > 1 else [])]
     if options.requeues:
         lines += [_REQUEUE.format(requeues=options.requeues)]
     return "\n".join([*lines, 'exit "$code"']) + "\n"
