@@ -33,8 +33,8 @@ def _ranks(count: int) -> str:
 
 
 def _clock(bounds: Any) -> str:
-    """Of another node than rank 0's, to within what was measured."""
-    if bounds is None or abs(bounds[0] + bounds[1]) < 1e-9:
+    """Where it is certainly not rank 0's, to within what was measured."""
+    if bounds is None or bounds[0] <= 0.0 <= bounds[1]:
         return ""
     low, high = bounds
     return f", clock {(low + high) / 2 * 1e3:+.0f} ± {(high - low) / 2 * 1e3:.0f} ms"
