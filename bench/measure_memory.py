@@ -1,0 +1,339 @@
+"""The measured peak of a training step, rank by rank: the trainer's own engine, module, terms and step, on a model
+from a config and rows of random tokens.
+
+On the CPU the peak is that of the allocator (torch.profiler's record of every allocation and release, so no RSS), on
+an accelerator `max_memory_allocated`, both from the birth of the process group to the end of the third step.
+
+    python bench/measure_memory.py CASES.json               one process
+    torchrun --nproc-per-node 2 bench/measure_memory.py …   each of several ranks
+
+CASES.json holds a list of `Case`s as JSON objects; every rank prints a line `{"case": …, "rank": …, "peak": bytes}`
+for each, rank 0's also go to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration. `parallel`, `optim` are sections of a recipe; `objective` too. `accumulation` micro-steps of
+    `rows` rows make a step."""
+
+    name: str
+    config: dict[str, Any]
+    world_size: int = 1
+    parallel: dict[str, Any] = field(default_factory=lambda: {"strategy": "single"})
+    objective: dict[str, Any] = field(default_factory=lambda: {"type": "causal_lm"})
+    optim: dict[str, Any] = field(default_factory=lambda: {"name": "adamw"})
+    precision: str = "fp32"
+    rows: int = 4
+    length: int = 128
+    accumulation: int = 1
+    checkpointing: bool = False
+    packing: bool = False
+    padded: bool = True
+    freeze: tuple[str, ...] = ()
+    lora: dict[str, Any] | None = None  # r, target_modules, dropout
+    nf4: bool = False
+    bucket: int | None = None  # elements of DeepSpeed's buckets, where not the engine's own
+
+    def recipe(self) -> Any:
+        """The recipe that says the same, as far as recipes can (adapters and quantised bases are not in them yet)."""
+        from tunesmith.recipe import Recipe
+
+        task = str(self.objective["type"])
+        form = {"causal_lm": "text", "masked_lm": "text", "classification": "classification"}.get(task, "text")
+        return Recipe.model_validate(
+            {
+                "model": {
+                    "init": "from_config",
+                    "config": self.config,
+                    "tokenizer": "none",
+                    "gradient_checkpointing": self.checkpointing,
+                },
+                "data": {
+                    "train": [{"path": "none", "format": form}],
+                    "max_length": self.length,
+                    "packing": self.packing,
+                },
+                "objective": self.objective,
+                "trainable": {"freeze": list(self.freeze)},
+                "optim": self.optim,
+                "training": {
+                    "global_batch_size": self.rows * self.accumulation * self.world_size,
+                    "per_device_train_batch_size": self.rows,
+                    "precision": self.precision,
+                    "max_steps": STEPS,
+                },
+                "parallel": self.parallel,
+                "run_name": "measured",
+            }
+        )
+
+
+def read_cases(path: Path) -> list[Case]:
+    return [Case(**{**given, "freeze": tuple(given.get("freeze", ()))}) for given in json.loads(path.read_text())]
+
+
+class _NoTokenizer:
+    """As much of a tokenizer as a model from a config is told of."""
+
+    pad_token_id = 0
+
+    def __len__(self) -> int:
+        return 8
+
+
+def _batches(case: Case, task: Any, config: Any, rank: int) -> list[Any]:
+    """Random tokens: rows of which one is short, where the case is padded, or two samples in every packed sequence."""
+    import torch
+
+    from tunesmith.planning.tasks import Shape, source_length, target_length
+
+    generator = torch.Generator().manual_seed(rank)
+    objective = case.recipe().objective
+    length = source_length(objective, case.length)
+    shape = Shape(case.rows, length, target_length(objective, case.length), case.padded, case.packing)
+    made: list[Any] = []
+    for _ in range(case.accumulation):
+        batch = task.batch(shape, config, torch.device("cpu"))
+        ids = torch.randint(3, config.vocab_size, batch.inputs["input_ids"].shape, generator=generator)
+        batch.inputs["input_ids"] = ids
+        if case.packing:
+            half = length // 2
+            positions = torch.cat([torch.arange(half), torch.arange(length - half)])
+            batch.inputs["position_ids"] = positions.expand(case.rows, -1).contiguous()
+        elif case.padded:
+            batch.inputs["attention_mask"][0, length // 2 :] = 0
+        if case.objective["type"] in {"causal_lm", "masked_lm"}:
+            batch.targets["labels"] = ids.clone()
+        made.append(batch)
+    return made
+
+
+def _build(case: Case, engine: Any) -> tuple[Any, Any, Any]:
+    """(the module, what fills it with weights, the task)"""
+    import torch
+
+    from tunesmith.model import load_model
+    from tunesmith.module import TrainModule
+    from tunesmith.planning.tasks import task_of
+    from tunesmith.trainable import apply_trainable
+
+    recipe = case.recipe()
+    task = task_of(recipe.objective)
+
+    class Objective:
+        auto_class = task.auto_class
+
+        @staticmethod
+        def config_overrides() -> dict[str, Any]:
+            return {}
+
+    loaded = load_model(recipe.model, Path(), Objective(), _NoTokenizer(), 0, empty=engine.builds_empty)  # type: ignore[arg-type]
+    if case.nf4:
+        _quantise(loaded.model)
+    if case.lora is not None:
+        loaded.model = _adapted(loaded.model, case)
+    apply_trainable(loaded.model, recipe.trainable)
+    torch.manual_seed(0)
+    return TrainModule(loaded.model, task, case.precision), loaded.fill, task  # type: ignore[arg-type]
+
+
+def _quantise(model: Any) -> None:
+    """Every linear layer but the head becomes bitsandbytes' NF4 with double quantisation, as a QLoRA base is
+    loaded (Dettmers et al. 2023); the compute dtype is bf16."""
+    import bitsandbytes as bnb
+    import torch
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and child is not head:
+                made = bnb.nn.Linear4bit(
+                    child.in_features,
+                    child.out_features,
+                    child.bias is not None,
+                    compute_dtype=torch.bfloat16,
+                    compress_statistics=True,
+                    quant_type="nf4",
+                )
+                made.weight = bnb.nn.Params4bit(
+                    child.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+                )
+                made.bias = child.bias
+                setattr(module, name, made.to("cpu"))
+
+
+def _adapted(model: Any, case: Case) -> Any:
+    import peft
+
+    assert case.lora is not None
+    settings = peft.LoraConfig(
+        r=case.lora["r"],
+        lora_alpha=2 * case.lora["r"],
+        lora_dropout=case.lora.get("dropout", 0.0),
+        target_modules=case.lora["target_modules"],
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, settings, autocast_adapter_dtype=True)
+
+
+@contextmanager
+def _buckets(case: Case) -> Iterator[None]:
+    if case.bucket is None:
+        yield
+        return
+    from tunesmith.engine import zero
+
+    module: Any = zero
+    before, module._BUCKET = module._BUCKET, case.bucket
+    try:
+        yield
+    finally:
+        module._BUCKET = before
+
+
+def _run(case: Case, engine: Any) -> None:
+    import torch
+
+    from tunesmith.loss_scale import LossScale
+    from tunesmith.step import train_step
+
+    module, fill, task = _build(case, engine)
+    config = module.model.config
+    with _buckets(case):
+        engine.prepare(module, fill, case.recipe().optim)
+    batches = _batches(case, task, config, engine.rank)
+    engine.module.train()
+    engine.rehearse(batches[0], torch.ones(len(task.terms), device=engine.device))
+    scale = LossScale(case.precision == "fp16", engine.device)
+    broken = torch.zeros((), device=engine.device)
+    for step in range(STEPS):
+        result = train_step(
+            engine,
+            batches,
+            task.terms,
+            step=step,
+            seed=0,
+            learning_rate=1e-4,
+            max_grad_norm=1.0,
+            scale=scale,
+            broken=broken,
+            stop=False,
+        )
+        broken = result.broken
+    assert float(broken) == 0.0
+
+
+def measure(case: Case, *, keep_events: bool = False) -> tuple[int, list[tuple[int, int]]]:
+    """(the peak in bytes, the record of (bytes allocated or released, sum) where asked for) of this rank."""
+    import torch
+
+    from tunesmith.engine import build_engine
+
+    with _buckets(case):
+        engine = build_engine(case.recipe())
+    try:
+        if engine.device.type != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            _run(case, engine)
+            return torch.cuda.max_memory_allocated() - before, []
+        _count_in_all_threads()
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profile:
+            _run(case, engine)
+        events = _allocations(profile)
+        before = events[0][1] - events[0][0]
+        return max(total for _, total in events) - before, events if keep_events else []
+    finally:
+        engine.close()
+
+
+def _count_in_all_threads() -> None:
+    """gloo's threads release what the collectives' last holders let go of. The profiler hears its own thread only; with
+    this flag of c10 the sum that it reports counts all."""
+    import torch
+
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
+
+
+def _allocations(profile: Any) -> list[tuple[int, int]]:
+    """Every allocation and release that the profiler saw, in order: (bytes, all that the CPU's allocator has handed
+    out)."""
+    from torch._C._profiler import _EventType
+
+    found: list[tuple[int, int, int]] = []
+    waiting = list(profile.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            fields = event.extra_fields
+            found.append((event.start_time_ns, fields.alloc_size, fields.total_allocated))
+    return [(size, total) for _, size, total in sorted(found, key=lambda one: one[0])]
+
+
+def _forget() -> None:
+    """accelerate keeps its state for the life of a process, which elsewhere is one run."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    gc.collect()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("cases", type=Path)
+    options.add_argument("--output", type=Path)
+    given = options.parse_args()
+    import torch
+
+    from tunesmith.quiet import quiet_libraries
+
+    quiet_libraries()
+    rank, port = int(os.environ.get("RANK", "0")), int(os.environ.get("MASTER_PORT", "0"))
+    if not torch.cuda.is_available():
+        os.environ |= {"TUNESMITH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "true"}
+        torch.set_num_threads(1)
+    # ranks make a store of their own for each case: torchrun's serves them once
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    for number, case in enumerate(read_cases(given.cases)):
+        os.environ["MASTER_PORT"] = str(port + 1 + number)
+        line: dict[str, Any] = {"case": case.name, "rank": rank}
+        try:
+            line["peak"] = measure(case)[0]
+        except Exception as error:  # noqa: BLE001 — one case's fault is its line, and the others still run
+            line["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            if os.environ.get("TUNESMITH_DEBUG"):
+                traceback.print_exc()
+        _forget()
+        print(json.dumps(line), flush=True)
+        if given.output is not None and rank == 0:
+            with given.output.open("a") as out:
+                out.write(json.dumps(line | {"description": dataclasses.asdict(case)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
