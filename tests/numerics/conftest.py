@@ -74,7 +74,7 @@ def train(workshop: Path, pools: Pools) -> Run:
         key = f"{layout}:{made.model_dump_json()}"
         if key not in results:
             named = made.model_copy(update={"run_name": f"{case}-{len(results)}"})
-            if layout.world_size == 1:
+            if made.parallel.strategy in {"auto", "single"} and layout.world_size == 1:
                 run(named, workshop, Resume())
             else:
                 pools[layout.world_size].run(named, workshop)

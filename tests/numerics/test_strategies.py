@@ -40,6 +40,7 @@ OFFLOADED: dict[str, dict[str, Any]] = {
     "zero3-offload": {"strategy": "zero3", "offload_optimizer": True, "offload_parameters": True},
     "fsdp2-offload": {"strategy": "fsdp2", "offload": True},
 }
+ALONE = Layout(8)
 TWO = Layout(4, world_size=2)
 FOUR = Layout(2, world_size=4)
 
@@ -74,14 +75,12 @@ def test_every_objective_trains_in_shards(train: Run, case: str, strategy: str) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CORE)
-@pytest.mark.parametrize("layout", [Layout(8, world_size=1), TWO, FOUR], ids=["1", "2", "4"])
+@pytest.mark.parametrize("layout", [ALONE, TWO, FOUR], ids=["1", "2", "4"])
 @pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
 def test_a_hundred_steps_on_any_number_of_ranks(
     train: Run, case: str, layout: Layout, strategy: str
 ) -> None:
     parallel = SHARDED.get(strategy, {"strategy": strategy})
-    if layout.world_size == 1:
-        pytest.skip("one rank of a sharding engine is launched in test_engines.py")
     one, many = (
         train(case, SLOW_SGD, WHOLE, 100),
         train(case, SLOW_SGD, layout, 100, parallel=parallel),

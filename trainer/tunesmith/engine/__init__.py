@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import torch
 
@@ -21,7 +22,8 @@ def device_type() -> str:
 
 
 def build_engine(recipe: Recipe) -> Engine:
-    """The engine of `parallel.strategy`; `auto` is single for one process, ddp for several."""
+    """The engine of `parallel.strategy`; `auto` is single for one process, ddp for several. A sharding engine that
+    was started without a launcher is a world of one: offloading needs no second process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     settings = recipe.parallel
     if isinstance(settings, Auto):
@@ -30,10 +32,13 @@ def build_engine(recipe: Recipe) -> Engine:
     _refuse_contradictions(recipe)
     if isinstance(settings, Single) and world_size != 1:
         raise UserError(f"parallel.strategy: single runs one process, but {world_size} were launched")
-    if not isinstance(settings, Single) and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            f"parallel.strategy: {settings.strategy} needs a launcher: tunesmith train RECIPE --num-processes N"
-        )
+    if "WORLD_SIZE" not in os.environ:
+        if isinstance(settings, DDP):
+            raise UserError(
+                "parallel.strategy: ddp needs a launcher: tunesmith train RECIPE --num-processes N"
+            )
+        if not isinstance(settings, Single):
+            _world_of_one()
     kind = device_type()
     match settings:
         case Single():
@@ -52,6 +57,21 @@ def build_engine(recipe: Recipe) -> Engine:
             from tunesmith.engine.fsdp2 import FSDP2Engine
 
             return FSDP2Engine(kind, settings)
+
+
+def _world_of_one() -> None:
+    """What a launcher would have set."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _refuse_contradictions(recipe: Recipe) -> None:

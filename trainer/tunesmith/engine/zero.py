@@ -48,12 +48,14 @@ class ZeroEngine(RankedEngine):
             os.environ.pop("ACCELERATE_USE_CPU", None)
         _quiet()
         try:
-            import deepspeed
+            import deepspeed.ops
         except ImportError:
             raise MissingExtra("deepspeed", "deepspeed", f"parallel.strategy: {settings.strategy}") from None
         from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
-        del deepspeed
+        if device_type == "cpu":
+            # DeepSpeed would compile a shared-memory all-reduce, of which training has no use, before it starts
+            vars(deepspeed.ops).setdefault("__compatible_ops__", {})
         self.name = settings.strategy
         self.settings = settings
         self.stage = int(settings.strategy[-1])
