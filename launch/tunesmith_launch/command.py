@@ -61,10 +61,17 @@ class Command:
         return "\n".join(lines)
 
 
-def build(arguments: Sequence[str], cluster: Cluster, environ: Mapping[str, str], python: str) -> Command:
-    """The command for this machine's ranks, each of which is `python -m tunesmith` with `arguments`; `environ` is
-    the caller's environment."""
-    rank = ("-m", "tunesmith", *arguments)
+def build(
+    arguments: Sequence[str],
+    cluster: Cluster,
+    environ: Mapping[str, str],
+    python: str,
+    *,
+    module: str = "tunesmith",
+) -> Command:
+    """The command for this machine's ranks, each of which is `python -m MODULE` with `arguments`; `environ` is the
+    caller's environment."""
+    rank = ("-m", module, *arguments)
     env: dict[str, str] = {}
     if cluster.accelerators == 0 and "OMP_WAIT_POLICY" not in environ:
         # threads that spin at barriers run at a fifth of the speed where anything else wants the cores

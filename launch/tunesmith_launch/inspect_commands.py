@@ -32,14 +32,40 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def check(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Find what would go wrong: recipe, data, memory, disk, time.
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Start the ranks, and compare machines instead.")
+    ] = False,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help="As for train, with --distributed.")
+    ] = None,
+    num_machines: Annotated[int, typer.Option(min=1, help="As for train.")] = 1,
+    machine_rank: Annotated[int | None, typer.Option(min=0, help="As for train.")] = None,
+    main_process_ip: Annotated[str | None, typer.Option(help="As for train.")] = None,
+    main_process_port: Annotated[int | None, typer.Option(min=1, max=65535, help="As for train.")] = None,
+    wait: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds for machines and ranks that do not come; default: 20."),
+    ] = None,
+) -> None:
+    """Find what would go wrong: recipe, data, memory, disk, time; or, with --distributed, between machines.
 
     Exit code 0: nothing; 2: the recipe or the data; 3: the machine.
 
     \b
     Example: tunesmith check recipe.yaml training.global_batch_size=64
     """
+    from tunesmith_launch.cluster import Options
+
+    options = Options(num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
+    if distributed:
+        from tunesmith_launch.check_distributed import check_distributed
+
+        raise typer.Exit(check_distributed(recipe, overrides or [], options, wait or 20.0))
+    if options != Options() or wait is not None:
+        raise UserError("check: the options of a launch have no effect without --distributed")
     from tunesmith.commands.check import check
     from tunesmith.commands.findings import Finding, exit_code
     from tunesmith.recipe.load import load_recipe

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.__main__ import Supervisor
 from tunesmith.ending import Ending
@@ -16,6 +17,9 @@ from tunesmith.errors import TunesmithError
 from tunesmith.preflight.exchange import Patience
 from tunesmith.preflight.findings import exit_code
 from tunesmith.recipe.load import load_recipe
+
+if TYPE_CHECKING:
+    from tunesmith.preflight.agree import Preflight
 
 _COLLECTIVES = timedelta(seconds=60)
 
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check(given: argparse.Namespace) -> tuple[int, str]:
     """(exit code, reason)."""
-    from tunesmith.preflight import Preflight
+    from tunesmith.preflight.agree import Preflight
     from tunesmith.preflight.report import lines
 
     loaded = load_recipe(given.recipe, given.overrides)
@@ -66,16 +70,14 @@ def check(given: argparse.Namespace) -> tuple[int, str]:
     return code, "; ".join(one.what for one in preflight.findings if one.level == "error") or "done"
 
 
-def _sums(preflight: object) -> None:
+def _sums(preflight: Preflight) -> None:
     """On a process group like the run's: NCCL on CUDA, gloo on a CPU."""
     import torch
     import torch.distributed as dist
 
     from tunesmith.engine import device_type
-    from tunesmith.preflight import Preflight
     from tunesmith.preflight.collectives import check_sums
 
-    assert isinstance(preflight, Preflight)
     kind = device_type()
     device = torch.device("cpu") if kind == "cpu" else torch.device(kind, preflight.meeting.claim.local_rank)
     if kind != "cpu":

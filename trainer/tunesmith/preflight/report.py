@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tunesmith.preflight import Preflight
+from tunesmith.preflight.agree import Preflight
 
 
 def lines(preflight: Preflight, sums_checked: bool) -> Iterator[str]:
