@@ -12,6 +12,7 @@ from tunesmith.ending import holds_a_run, run_folder
 from tunesmith.errors import MachineError, UserError
 from tunesmith.recipe.load import load_recipe
 from tunesmith_launch import cluster, command, interface
+from tunesmith_launch.muster import muster
 from tunesmith_launch.supervise import supervise
 
 
@@ -45,6 +46,8 @@ def train(
         return 0
     if found.machine_rank == 0:
         (folder / "exit.json").unlink(missing_ok=True)
+    if found.num_machines > 1:
+        muster(found, loaded.recipe.parallel.timeout)
     return supervise(started, folder, found, loaded.recipe.parallel.timeout)
 
 

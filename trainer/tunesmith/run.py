@@ -30,6 +30,7 @@ from tunesmith.model import load_model
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.precision import choose
+from tunesmith.preflight.agree import Preflight, agree
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import dump_recipe
@@ -61,19 +62,30 @@ def run(recipe: Recipe, base: Path, how: Resume) -> None:
     with the exit code to return."""
     quiet_libraries()
     started = time.perf_counter()
+    # before the process group: in it, ranks that disagree hang, or train something else
+    preflight = agree(recipe, base)
     recipe = resolve_paths(recipe, base)
     run_dir = Path(recipe.output_dir) / recipe.run_name
     with StopRequest() as stop:
         # the engine comes first: it makes the process group, and with it the device and the rank
         engine = build_engine(recipe)
         try:
-            _train(recipe, base, how, engine, run_dir, stop, started)
+            if preflight is not None:
+                preflight.sums(engine.device)
+            _train(recipe, base, how, engine, run_dir, stop, started, preflight)
         finally:
             engine.close()
 
 
 def _train(
-    recipe: Recipe, base: Path, how: Resume, engine: Engine, run_dir: Path, stop: StopRequest, started: float
+    recipe: Recipe,
+    base: Path,
+    how: Resume,
+    engine: Engine,
+    run_dir: Path,
+    stop: StopRequest,
+    started: float,
+    preflight: Preflight | None,
 ) -> None:
     checkpoint = open_run_dir(engine, run_dir, how)
     precision, why = choose(recipe.training.precision, engine.device)
@@ -85,6 +97,8 @@ def _train(
     objective = build_objective(recipe, tokenizer)
     datasets = prepare(recipe.data, base, objective, tokenizer_hash(tokenizer))
     engine.wait_for_all("data")
+    if preflight is not None:
+        preflight.tables(datasets)
 
     # an engine that shards gets a model without weights, and loads each rank's part of them when it has sharded it
     loaded = load_model(
@@ -114,6 +128,7 @@ def _train(
     facts |= {"precision": precision, "precision_why": why, "total_steps": total_steps}
     facts |= batch_facts(recipe, stream, engine.data_size)
     facts |= {"data": {name: dataset.facts for name, dataset in datasets.items()}}
+    facts |= {"preflight": preflight.facts} if preflight is not None else {}
     facts |= {
         "notes": [*notes, *loaded.notes, *objective.notes()],
         "startup_seconds": time.perf_counter() - started,
