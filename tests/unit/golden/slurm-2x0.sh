@@ -43,10 +43,12 @@ port=$((15000 + 2 * (SLURM_JOB_ID % 7500))) # the next one is used too
 # shellcheck disable=SC2016  # expanded on each node: SLURM_NODEID is another on each
 on_node='
 told=
+parent=
 stop() { told=yes; kill -TERM "$parent" 2>/dev/null; }
+trap stop TERM
 tunesmith train "$@" --machine-rank "$SLURM_NODEID" &
 parent=$!
-trap stop TERM
+[[ -z $told ]] || stop
 wait "$parent"
 code=$?
 while [[ -n $told ]]; do
