@@ -132,6 +132,36 @@ def test_a_job_whose_input_is_wrong_ends_with_2_and_is_not_requeued(slurm: Slurm
     assert requeued(slurm.environment) == []
 
 
+@pytest.mark.parametrize("kind", ["accelerate", "torchrun"])
+def test_the_printed_commands_train_on_two_machines(kind: str, slurm: Slurm, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, training={"max_steps": 3})
+    port = 15000 + 2 * int(slurm.environment["SLURM_JOB_ID"])
+    words = [str(write(recipe, tmp_path)), "--nodes=2", "--gpus-per-node=0", "--main-process-ip=127.0.0.1"]
+    environment = os.environ | slurm.environment | {"GLOO_SOCKET_IFNAME": "lo"}
+    environment["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
+    printed = subprocess.run(
+        [tmp_path / "bin" / "tunesmith", "launch", kind, *words, f"--main-process-port={port}"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    machines = [
+        subprocess.Popen(
+            ["bash", "-c", line], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for line in printed.stdout.splitlines()
+        if not line.startswith("#")
+    ]
+    assert len(machines) == 2
+    ends = [machine.communicate(timeout=240)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "".join(ends)
+    assert [row["step"] for row in metrics(recipe) if "loss" in row] == [1, 2, 3]
+    facts = json.loads((run_dir(recipe) / "environment.json").read_text())["facts"]
+    assert facts["world_size"] == 2
+
+
 # --restart
 
 
