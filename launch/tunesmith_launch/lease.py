@@ -15,6 +15,7 @@ import contextlib
 import json
 import selectors
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -201,7 +202,14 @@ class Lease:
         try:
             for message in wire.hear():
                 self._heard(wire, message)
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError:
+            self._hang_up(wire)
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            print(
+                f"the lease was sent something else ({what}): is tunesmith's version everywhere the same?",
+                file=sys.stderr,
+            )
             self._hang_up(wire)
 
     def _heard(self, wire: Wire, message: dict[str, Any]) -> None:
@@ -261,5 +269,5 @@ def _witness(node: str, values: dict[str, Any]) -> Witness:
         state,
         float(values["silent"]),
         beat,
-        str(values["crash"]),
+        str(values["words"]),
     )

@@ -16,6 +16,8 @@ from typing import Any, Literal
 STEP = "step"  # the mark of a finished optimizer step among a rank's recent collectives
 SILENCE = 4.0  # seconds without a beat, of which one comes each second, that mean something
 
+_CONTEXT = 4  # equal entries before a place that make it the same place
+
 State = Literal["running", "stopped", "gone", "failed"]
 
 
@@ -123,14 +125,11 @@ def judge(ranks: Sequence[Witness], lost: Sequence[Lost], timeout: float) -> Ver
     waiting = _waiting(ranks)
 
     def verdict(what: str, rank: int) -> Verdict:
-        place = f" in step {1 if step is None else step + 1}"
-        if waiting is None:
-            where = f"{what}{place if step is not None else ''}"
-        else:
-            waits = waiting.beat.waits
-            who = f"rank {waiting.rank}" if waiting.rank != rank else "it"
-            where = f"{what}; {who} was in {waits}{place}"
-        return Verdict(f"{where}; continue with --resume", rank, step)
+        place = "before the first step" if step is None else f"in step {step + 1}"
+        waits = ""
+        if waiting is not None and waiting.rank != rank:
+            waits = f" rank {waiting.rank} was in {waiting.beat.waits},"
+        return Verdict(f"{what};{waits} {place}; continue with --resume", rank, step)
 
     met = any(w.beat.reached for w in ranks)  # all have come: one that never called does without the lease
     if gone := [machine for machine in lost if machine.silent is not None or not met]:
@@ -145,8 +144,8 @@ def judge(ranks: Sequence[Witness], lost: Sequence[Lost], timeout: float) -> Ver
             )
             return verdict(f"{w} is gone: {how}", w.rank)
     if found := _skipped(ranks):
-        w, called, expected = found
-        return verdict(f"{w} skipped a collective: it called {called} where {expected} was due", w.rank)
+        w, called, due = found
+        return verdict(f"{w} skipped {due}: it called {called.op}", w.rank)
     if found := _behind(ranks, waiting):
         return verdict(*found)
     for w in ranks:
@@ -193,9 +192,10 @@ def _behind(ranks: Sequence[Witness], waiting: Witness | None) -> tuple[str, int
         case _ if w.silent > SILENCE:
             how = f"has not answered for {w.silent:.0f} s (stuck in code that lets no Python run)"
         case _:
-            how = "is in no collective: stuck in code of its own, or it skipped one"
+            how = "is in no collective: stuck in code of its own, or past one that it skipped"
+    told = "the last it told of was" if w.silent > SILENCE or w.state == "gone" else "its last was"
     others = f", as are {len(late) - 1} others" if len(late) > 1 else ""
-    return f"{w} {how}, its last was number {last}{others}", w.rank
+    return f"{w} {how}, {told} number {last}{others}", w.rank
 
 
 def _reached(witness: Witness, awaited: Collective) -> int:
@@ -218,24 +218,31 @@ def _skipped(ranks: Sequence[Witness]) -> tuple[Witness, Collective, Collective]
 
 
 def missing(recent: Sequence[Collective]) -> tuple[Collective, Collective] | None:
-    """(what was called, what was due): the last place at which a history that repeats itself leaves a piece out.
+    """(what was called, what was due), where a history that repeats itself leaves a piece out: in the step that is
+    not done, for what was left out before would have ended the job before; or a whole step, which goes unnoticed
+    until something else is called.
 
-    What was due is what followed the longest earlier passage equal to the one before the place. A piece of up to a
-    step is missing where the history goes on as that passage did a little later; where it comes back to what was
-    due, something was put in between (an evaluation, a save)."""
+    What was due is what followed twice at least on the longest passage equal to the one before the place. It was
+    left out where the history goes on as that passage did a little later; where it comes back to what was due,
+    something was put in between (an evaluation, a save)."""
     ops = [c.op for c in recent]
-    for at in range(len(ops) - 1, 4, -1):
-        length, then = max((_common(ops, at, earlier), earlier) for earlier in range(1, at))
-        if length < 4 or ops[then] == ops[at]:
+    marks = [i for i, op in enumerate(ops) if op == STEP]
+    begun = marks[-1] + 1 if marks else 0
+    empty = [i for i in marks if i + 1 in marks]
+    for at in [*range(len(ops) - 1, max(begun, 5) - 1, -1), *(i + 1 for i in empty if len(empty) == 1)]:
+        support = sorted(((_common(ops, at, earlier), earlier) for earlier in range(1, at)), reverse=True)[:2]
+        if len(support) < 2 or support[1][0] < _CONTEXT or len({ops[earlier] for _, earlier in support}) > 1:
+            continue
+        then = support[0][1]
+        if ops[then] == ops[at]:
             continue
         after = ops[at : at + 3]
         end = next((i for i in range(then, at) if ops[i] == STEP), at)
         left_out = any(ops[i : i + len(after)] == after for i in range(then + 1, end + 1))
         put_in = any(ops[i : i + 2] == ops[then : then + 2] for i in range(at + 1, len(ops)))
         called = next((c for c in recent[at:] if c.op != STEP), None)
-        due = next((c for c in recent[then:] if c.op != STEP), None)
-        if left_out and not put_in and called is not None and due is not None:
-            return called, Collective(called.group, called.sequence, due.op)
+        if left_out and (ops[at] == STEP or not put_in) and called is not None:
+            return called, Collective(called.group, called.sequence, ops[then])
     return None
 
 

@@ -44,12 +44,14 @@ class Peers:
     def __init__(self, rank: int, world_size: int, end: Callable[[Verdict], None]) -> None:
         self.rank, self.world_size, self._end = rank, world_size, end
         self.timeout = 600.0  # seconds; the recipe's, once it is read
+        self._groups: Any = None  # the process group's store, which outlives it
         self._store: _Store | None = None
         self._beats = 0
         self.watchdog = Watchdog(self._tell)
 
     def _tell(self, beat: Beat) -> bool:
-        store = self._store = self._store or _connect()
+        self._groups = self._groups or _groups_store()
+        store = self._store = self._store or _connect(self._groups)
         if store is None:
             return True
         try:
@@ -84,7 +86,7 @@ class Peers:
 
     def _judge(self, reason: str) -> list[Verdict]:
         beat = self.watchdog.last_words()
-        store = _connect()  # a connection of its own: the other may hang in an answer that does not come
+        store = _connect(self._groups)  # a connection of its own: the other may hang in an answer that does not come
         if store is None:
             return []
         try:
@@ -123,13 +125,20 @@ class Peers:
         return found
 
 
-def _connect() -> _Store | None:
-    """A connection of our own to the store of the process group, once there is one."""
+def _groups_store() -> Any:
+    """The store of the process group, once there is one."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not getattr(distributed, "is_initialized", lambda: False)():
         return None
+    return distributed.distributed_c10d._get_default_store()
+
+
+def _connect(groups: Any) -> _Store | None:
+    """A connection of our own to the store."""
+    if groups is None:
+        return None
     try:
-        store = distributed.distributed_c10d._get_default_store().clone()
+        store = groups.clone()
         store.set_timeout(_ANSWER)
     except RuntimeError:
         return None
