@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import gc
 import json
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -293,12 +293,25 @@ def _allocations(profile: Any) -> list[tuple[int, int]]:
     return [(size, total) for _, size, total in sorted(found, key=lambda one: one[0])]
 
 
-def _forget() -> None:
-    """accelerate keeps its state for the life of a process, which elsewhere is one run."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    gc.collect()
+def _alone(case: Case) -> dict[str, Any]:
+    """The case in a child of this process: DeepSpeed and accelerate keep their groups for the life of a process."""
+    sys.stdout.flush()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer: dict[str, Any] = {"peak": measure(case)[0]}
+        except BaseException as error:  # noqa: BLE001 — one case's fault is its line, and the others still run
+            if os.environ.get("TUNESMITH_DEBUG"):
+                traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else {"error": "the process died"}
 
 
 def main() -> None:
@@ -309,6 +322,7 @@ def main() -> None:
     options.add_argument("--output", type=Path)
     given = options.parse_args()
     import torch
+    import transformers  # noqa: F401 — once, for all children
 
     from tunesmith.quiet import quiet_libraries
 
@@ -321,14 +335,7 @@ def main() -> None:
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     for number, case in enumerate(read_cases(given.cases)):
         os.environ["MASTER_PORT"] = str(port + 1 + number)
-        line: dict[str, Any] = {"case": case.name, "rank": rank}
-        try:
-            line["peak"] = measure(case)[0]
-        except Exception as error:  # noqa: BLE001 — one case's fault is its line, and the others still run
-            line["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-            if os.environ.get("TUNESMITH_DEBUG"):
-                traceback.print_exc()
-        _forget()
+        line = {"case": case.name, "rank": rank, **_alone(case)}
         print(json.dumps(line), flush=True)
         if given.output is not None and rank == 0:
             with given.output.open("a") as out:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tunesmith.module import Loss, TrainModule
-from tunesmith.planning.kernels import on_device
+from tunesmith.planning.kernels import kernels_of
 from tunesmith.planning.layers import Stack, layer_modules
 from tunesmith.planning.recorder import Phase, Recorder, Span, fake_parameters, values_are_asked
 from tunesmith.planning.tasks import Shape, Task
@@ -30,11 +30,13 @@ _FIELDS = ("live", "gradients", "logits", "flops", "moved")
 @dataclass(frozen=True, slots=True)
 class Variant:
     """How the arithmetic runs. `parameters`: their dtype in the forward; `autocast`: the
-    precision of torch's autocast; `checkpointing`: layers are recomputed in the backward."""
+    precision of torch's autocast; `checkpointing`: layers are recomputed in the backward; `zero3`: linear layers are
+    DeepSpeed's."""
 
     parameters: torch.dtype = torch.float32
     autocast: str = "fp32"
     checkpointing: bool = False
+    zero3: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ def record(
     from torch._subclasses import FakeTensorMode
 
     logits = _logits_sizes(model, shape)
-    with values_are_asked(), FakeTensorMode(), on_device(device):
+    with values_are_asked(), FakeTensorMode(), kernels_of(zero3=variant.zero3):
         _set_checkpointing(model, variant.checkpointing)
         fake_parameters(model, device, variant.parameters)
         module = TrainModule(model, task, variant.autocast)  # type: ignore[arg-type]

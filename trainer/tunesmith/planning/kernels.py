@@ -1,14 +1,59 @@
-"""The kernels of the device that is planned for, where they keep other tensors than this machine's would."""
+"""What runs in place of this machine's own kernels where a plan is for another device or engine, as far as they keep
+other tensors."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class _Zero3Linear(torch.autograd.Function):
+    """What DeepSpeed's stage 3 makes of every linear layer (deepspeed/runtime/zero/linear.py): input and weight are
+    kept as they came, not as autocast made them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.autocast = (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type))
+        out = x.matmul(weight.t())
+        return out if bias is None else out + bias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (grad,) = grads
+        x, weight, bias = ctx.saved_tensors
+        enabled, dtype = ctx.autocast
+        with torch.autocast(grad.device.type, dtype=dtype, enabled=enabled):
+            flat = grad.reshape(-1, grad.shape[-1])
+            of_x = grad.matmul(weight) if ctx.needs_input_grad[0] else None
+            of_weight = flat.t().matmul(x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+            of_bias = flat.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
+        return of_x, of_weight, of_bias
+
+
+class Replaced(TorchFunctionMode):
+    """Calls of torch's functions, some of them replaced."""
+
+    def __init__(self, *, zero3: bool) -> None:
+        super().__init__()
+        self.replaced: dict[Any, Callable[..., Any]] = {}
+        if zero3:
+            self.replaced[F.linear] = lambda x, weight, bias=None: _Zero3Linear.apply(x, weight, bias)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.replaced.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
-def on_device(device: torch.device) -> Iterator[None]:
-    yield
+def kernels_of(*, zero3: bool) -> Iterator[None]:
+    """Within it the model computes as on the device and under the engine that are planned for."""
+    with Replaced(zero3=zero3):
+        yield

@@ -90,6 +90,16 @@ class Place:
             return f"{self.part.phase} of layer {self.layer}"
         return {"forward": "head and loss", "backward": "backward of the embedding"}.get(self.part.phase, "step")
 
+    def before_gradients(self) -> Place | None:
+        """The part of it that comes before its first parameter gradient, if any does."""
+        count = int((self.table[:, 1] == 0).sum())
+        return replace(self, table=self.table[:count]) if count else None
+
+    def from_gradients(self) -> Place:
+        """The part from its first parameter gradient on; the whole where it has none."""
+        rest = self.table[self.table[:, 1] > 0]
+        return replace(self, table=rest) if len(rest) else self
+
     def peak(self, *, keeps_gradients: bool, base: Breakdown) -> Breakdown:
         """The largest event, on top of `base`; `keeps_gradients`: those finished within this part stay."""
         live = self.level + self.table[:, 0]

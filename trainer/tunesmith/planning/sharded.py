@@ -54,22 +54,30 @@ def moments(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
     )
     if setup.parallel.offload:
         held, slices = Breakdown(weights=workload.buffers), 0.0
-    yield from _micro_step(workload, shards, width, found, held, fresh=True)
+    yield from _micro_step(workload, setup, shards, width, found, held, fresh=True)
     full = replace(held, gradients=slices)
     if setup.accumulation(workload) > 1:
-        yield from _micro_step(workload, shards, width, found, full, fresh=False)
+        yield from _micro_step(workload, setup, shards, width, found, full, fresh=False)
     if not setup.parallel.offload:
         needed = max(norm_bytes(setup, slices / 4), temporaries(workload.optim, local))
         yield replace(full, activations=needed, moment="optimizer's step")
 
 
 def _micro_step(
-    workload: Workload, shards: int, width: int, found: list[Place], held: Breakdown, *, fresh: bool
+    workload: Workload,
+    setup: Setup,
+    shards: int,
+    width: int,
+    found: list[Place],
+    held: Breakdown,
+    *,
+    fresh: bool,
 ) -> Iterator[Breakdown]:
+    gloo = 1.0 if setup.device == "cpu" and shards > 1 else 0.0  # its collectives work on a copy (ProcessGroupGloo.cpp)
     root = _sizes(workload.root, shards, width)
     order = [_sizes(unit_of(workload, p), shards, width) for p in found if p.is_layer and p.part.phase == "forward"]
     # the root is gathered first: output of the gather, then the parameters copied out of it
-    yield replace(held, gather=root.cast * 2 + root.gathered, moment="gather of the root")
+    yield replace(held, gather=root.cast * 2 + root.gathered * (1 + gloo), moment="gather of the root")
     waiting = root.gathered  # a gather's output is let go of when the next unit's is there, in the forward
     at, slices, own_gradients, reducing = 0, held.gradients, 0.0, 0.0
     held = replace(held, gradients=0.0)
@@ -84,7 +92,7 @@ def _micro_step(
         here = replace(base, activations=place.level, moment=place.moment)
         if place.part.phase == "forward":
             # the next output is made while the last is still there; then the copy takes the last one's place
-            yield replace(here, gather=root.whole + waiting + unit.gathered + unit.cast * 2)
+            yield replace(here, gather=root.whole + waiting + unit.gathered * (1 + gloo) + unit.cast * 2)
             waiting = unit.gathered
             yield place.peak(
                 keeps_gradients=False, base=replace(base, gather=root.whole + unit.whole + waiting)
@@ -96,7 +104,7 @@ def _micro_step(
         following = order[at - 1] if at > 0 else _Sizes(0.0, 0.0, 0.0, 0.0)
         yield replace(here, gather=root.whole + unit.gathered + unit.whole)
         ahead = root.whole + following.gathered
-        yield replace(here, gather=ahead + unit.whole + following.cast * 2)
+        yield replace(here, gather=ahead + gloo * following.gathered + unit.whole + following.cast * 2)
         yield place.peak(keeps_gradients=True, base=replace(base, gather=ahead + unit.whole))
         # the layer's parameters go, its gradients are copied to the input of the reduce-scatter
         reducing = unit.reduced
@@ -106,7 +114,7 @@ def _micro_step(
             activations=after,
             gather=ahead,
             gradients=base.gradients + place.gradients,
-            buffers=reducing,
+            buffers=reducing * (1 + gloo),
             moment=f"reduction of layer {place.layer}",
         )
         slices += reducing / shards if fresh else 0.0
@@ -114,6 +122,6 @@ def _micro_step(
     yield replace(
         held,
         gradients=slices + own_gradients,
-        buffers=root.reduced * (1 + 1 / shards),
+        buffers=root.reduced * (1 + 1 / shards + gloo),
         moment="reduction of the root",
     )
