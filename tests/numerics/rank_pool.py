@@ -88,7 +88,10 @@ def _deepspeed_globals() -> list[tuple[ModuleType, dict[str, Any]]]:
 
     modules = [deepspeed.comm.comm, deepspeed.comm.torch, deepspeed.utils.groups]
     return [
-        (module, {k: copy(v) for k, v in vars(module).items() if v is None or isinstance(v, dict | bool | int)})
+        (
+            module,
+            {k: copy(v) for k, v in vars(module).items() if v is None or isinstance(v, dict | bool | int)},
+        )
         for module in modules
     ]
 

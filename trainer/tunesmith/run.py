@@ -16,6 +16,7 @@ import torch
 from tunesmith.checkpoint.run_state import RunState, load_weights
 from tunesmith.checkpoint.state import Progress
 from tunesmith.checkpoint.store import Checkpoint, clean_leftovers, find_latest
+from tunesmith.compiling import compile_layers
 from tunesmith.data.order import Order
 from tunesmith.data.prepare import Dataset, prepare
 from tunesmith.data.stream import Stream
@@ -106,6 +107,8 @@ def _train(
     )
     # freezing before the optimizer, which takes only what is trained
     trainable = apply_trainable(loaded.model, recipe.trainable)
+    # compiled before the engine wraps: what it hangs on the layers stays outside their graphs
+    compiled = compile_layers(loaded.model) if recipe.training.torch_compile else 0
     module = TrainModule(loaded.model, objective, precision)
     engine.prepare(module, loaded.fill, recipe.optim)
 
@@ -125,6 +128,7 @@ def _train(
         tracker.load_state(state.extra)
 
     facts |= engine.facts() | loaded.facts | trainable
+    facts |= {"compiled_layers": compiled} if compiled else {}
     facts |= {"precision": precision, "precision_why": why, "total_steps": total_steps}
     facts |= batch_facts(recipe, stream, engine.data_size)
     facts |= {"data": {name: dataset.facts for name, dataset in datasets.items()}}

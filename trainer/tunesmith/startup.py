@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.batch import Batch
+from tunesmith.compiling import explain_break
 from tunesmith.data.stream import Stream
 from tunesmith.engine import Engine
 from tunesmith.errors import MachineError, TrainingStopped, UserError
@@ -31,6 +32,10 @@ def probe(engine: Engine, stream: Stream) -> dict[str, float | int | list[str]]:
             f"{engine.device}: lower training.per_device_train_batch_size or data.max_length, or set "
             "model.gradient_checkpointing: true"
         ) from None
+    except RuntimeError as error:
+        if (told := explain_break(error)) is None:
+            raise
+        raise UserError(told) from error
     engine.train_module.untouched = tuple(unused)
     if not torch.isfinite(loss):
         raise TrainingStopped(

@@ -26,6 +26,7 @@ from tunesmith.checkpoint.pieces import Piece, Saved, State
 from tunesmith.engine.base import Fill
 from tunesmith.engine.layers import transformer_layers
 from tunesmith.engine.ranks import RankedEngine
+from tunesmith.engine.tensor_parallel import split_layers
 from tunesmith.errors import UserError
 from tunesmith.gradients import local_square_sum
 from tunesmith.module import TrainModule
@@ -57,7 +58,8 @@ class FSDP2Engine(RankedEngine):
         dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
         self._take_places(device)
         self.settings = settings
-        self.mesh = _mesh(device_type, self.world_size, settings)
+        self._split = 0  # parameters that tensor parallelism cuts
+        self.mesh, self.tensor_mesh = _mesh(device_type, self.world_size, settings)
         tensor_size = settings.tensor_parallel_size
         self.data_rank, self.data_size = self.rank // tensor_size, self.world_size // tensor_size
 
@@ -89,6 +91,8 @@ class FSDP2Engine(RankedEngine):
 
     def _shard(self, module: TrainModule) -> None:
         dtype = _COMPUTED_IN[module.precision]
+        if self.tensor_mesh is not None:
+            self._split = split_layers(module.model, self.tensor_mesh)
         offload = (
             CPUOffloadPolicy(pin_memory=self.device.type != "cpu")
             if self.settings.offload
@@ -125,7 +129,7 @@ class FSDP2Engine(RankedEngine):
         return None
 
     def _shards(self) -> int:
-        return self.settings.shard_size or self.data_size
+        return self.mesh.size(self.mesh.ndim - 1)
 
     def forward(self, batch: Batch, mode: str, normalizers: Tensor | None = None, **options: Any) -> Any:
         found = self.module(batch.to(self.device), mode, normalizers, **options)
@@ -254,6 +258,7 @@ class FSDP2Engine(RankedEngine):
             "shard_size": sharded,
             "replicas": self.data_size // sharded,
             "tensor_parallel_size": self.settings.tensor_parallel_size,
+            "tensor_parallel_parameters": self._split,
             "offload": self.settings.offload,
             "layers_sharded": len(transformer_layers(self.train_module.model)),
         }
@@ -278,16 +283,20 @@ def _piece(
     )
 
 
-def _mesh(device_type: str, world_size: int, settings: FSDP2) -> DeviceMesh:
-    """Shards, or copies × shards. Raises UserError where the number of processes does not divide so."""
+def _mesh(device_type: str, world_size: int, settings: FSDP2) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """(the mesh of the shards: 1-D, or copies × shards; that of tensor parallelism, if there is one). Raises
+    UserError where the number of processes does not divide so."""
     tensor_size = settings.tensor_parallel_size
-    shard_size = settings.shard_size or world_size // tensor_size
+    shard_size = settings.shard_size or max(1, world_size // tensor_size)
     if world_size % (shard_size * tensor_size):
         raise UserError(
             f"parallel: shard_size {shard_size} × tensor_parallel_size {tensor_size} does not divide the "
             f"{world_size} processes"
         )
     copies = world_size // (shard_size * tensor_size)
-    if copies == 1:
-        return init_device_mesh(device_type, (shard_size,), mesh_dim_names=("shard",))
-    return init_device_mesh(device_type, (copies, shard_size), mesh_dim_names=("copy", "shard"))
+    # the ranks of one layer are neighbours: they talk most
+    mesh = init_device_mesh(
+        device_type, (copies, shard_size, tensor_size), mesh_dim_names=("copy", "shard", "tensor")
+    )
+    shards = mesh["shard"] if copies == 1 else mesh["copy", "shard"]
+    return shards, mesh["tensor"] if tensor_size > 1 else None

@@ -55,7 +55,7 @@ class ZeroEngine(RankedEngine):
 
         if device_type == "cpu":
             # DeepSpeed would compile a shared-memory all-reduce, of which training has no use, before it starts
-            vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+            cast(Any, deepspeed.ops).__compatible_ops__ = {}
         self.name = settings.strategy
         self.settings = settings
         self.stage = int(settings.strategy[-1])

@@ -98,6 +98,7 @@ _OURS = {
     "training.precision": "dtype torch_dtype model_dtype mixed_precision compute_dtype amp half_precision",
     "training.precision: bf16": "bf16 bfloat16 pure_bf16 bf16_full_eval",
     "training.precision: fp16": "fp16 float16 half fp16_full_eval",
+    "training.torch_compile": "compile use_compile compile_model use_torch_compile",
     "training.seed": "random_seed data_seed manual_seed .seed",
     "parallel.strategy": "distributed_type distributed_strategy distributed parallelism ddp",
     "parallel.strategy: zero2 (or zero1, zero3)": "deepspeed deepspeed_config zero_stage zero_optimization",
@@ -175,7 +176,7 @@ _NOTES = {
     "is no key here: the sections (model, data, objective, …) stand at the top level": """training_args
         training_arguments trainer trainer_args sft_config sft""",
     _ABSENT: """neftune_noise_alpha noisy_embedding_alpha class_weights class_weight focal_loss focal_gamma
-        torch_compile compile streaming push_to_hub hub_model_id hub_strategy auto_find_batch_size tf32 fp8
+        streaming push_to_hub hub_model_id hub_strategy auto_find_batch_size tf32 fp8
         pipeline_parallel_size context_parallel_size sequence_parallel_size
         sequence_parallel_degree cp_size ema model_ema teacher_model_name_or_path kd_ratio mixup
         galore_rank use_galore use_badam lisa_n_layers curriculum_sampling""",

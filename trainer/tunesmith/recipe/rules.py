@@ -154,6 +154,28 @@ def _wandb(recipe: Recipe) -> Iterator[Problem]:
 Rule = Callable[["Recipe"], Iterator[Problem]]
 
 # each rule with the sections that it reads
+def _sharding(recipe: Recipe) -> Iterator[Problem]:
+    strategy = recipe.parallel.strategy
+    if strategy in {"auto", "single", "ddp"}:
+        return
+    match recipe.optim.name:
+        case "adafactor":
+            yield _problem(
+                "optim.name", f"adafactor looks at whole matrices, which {strategy} cuts: use ddp or adamw"
+            )
+        case "adamw_8bit" | "lion_8bit" as name:
+            yield _problem(
+                "optim.name", f"{name} keeps its states in blocks, which {strategy} cuts: use ddp or adamw"
+            )
+        case _:
+            pass
+    if recipe.training.torch_compile and strategy == "zero3":
+        yield _problem(
+            "training.torch_compile",
+            "zero3 gathers the weights of every linear module in hooks, which no graph can hold: use fsdp2",
+        )
+
+
 _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"data", "objective"}, _packing),
     ({"data"}, _group_by_length),
@@ -163,6 +185,7 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"objective"}, _masking),
     ({"objective"}, _regression),
     ({"optim"}, _nesterov),
+    ({"optim", "parallel", "training"}, _sharding),
     ({"schedule", "data", "evaluation"}, _plateau),
     ({"evaluation", "objective"}, _generate),
     ({"evaluation", "data"}, _unevaluated),
