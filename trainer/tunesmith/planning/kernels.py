@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 
 class _Zero3Linear(torch.autograd.Function):
@@ -37,23 +36,22 @@ class _Zero3Linear(torch.autograd.Function):
         return of_x, of_weight, of_bias
 
 
-class Replaced(TorchFunctionMode):
-    """Calls of torch's functions, some of them replaced."""
-
-    def __init__(self, *, zero3: bool) -> None:
-        super().__init__()
-        self.replaced: dict[Any, Callable[..., Any]] = {}
-        if zero3:
-            self.replaced[F.linear] = lambda x, weight, bias=None: _Zero3Linear.apply(x, weight, bias)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return self.replaced.get(func, func)(*args, **(kwargs or {}))
+def _zero3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _Zero3Linear.apply(x, weight, bias)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
 def kernels_of(*, zero3: bool) -> Iterator[None]:
     """Within it the model computes as on the device and under the engine that are planned for."""
-    with Replaced(zero3=zero3):
+    replaced: dict[str, Callable[..., Any]] = {}
+    if zero3:
+        replaced["linear"] = _zero3_linear
+    functions: Any = F
+    original = {name: getattr(functions, name) for name in replaced}
+    for name, function in replaced.items():
+        setattr(functions, name, function)
+    try:
         yield
+    finally:
+        for name, function in original.items():
+            setattr(functions, name, function)
