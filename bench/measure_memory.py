@@ -175,7 +175,7 @@ def _quantise(model: Any) -> None:
                     quant_type="nf4",
                 )
                 made.weight = bnb.nn.Params4bit(
-                    child.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+                    child.weight.data.bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=True
                 )
                 made.bias = child.bias
                 setattr(module, name, made.to("cpu"))

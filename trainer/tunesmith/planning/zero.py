@@ -11,7 +11,7 @@ from math import ceil
 from tunesmith.planning.memory import Breakdown, Place, Setup, norm_bytes, unit_of
 from tunesmith.planning.optimizers import state_bytes, temporaries
 from tunesmith.planning.workload import Parameter, Workload
-from tunesmith.planning.zero_gather import Asked, Gathers, simulate
+from tunesmith.planning.zero_gather import EMBEDDING, HEAD, Asked, Gathers, simulate
 from tunesmith.recipe.parallel import Zero1, Zero2, Zero3
 
 
@@ -157,6 +157,10 @@ def _stage3(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
 
 
 def _gathered(gathers: Gathers, workload: Workload, place: Place) -> tuple[Asked, float]:
-    name = unit_of(workload, place).name if place.is_layer else ""
-    key = (place.part.phase, name)
-    return gathers.asked.get(key, Asked(gathers.end, 0.0)), gathers.during.get(key, gathers.end)
+    phase = place.part.phase
+    if place.is_layer:
+        name = unit_of(workload, place).name
+    else:
+        name = EMBEDDING if phase == "backward" or place.level == 0.0 else HEAD
+    nothing = Asked(gathers.end, 0.0)
+    return gathers.asked.get((phase, name), nothing), gathers.during.get((phase, name), gathers.end)

@@ -13,6 +13,9 @@ _REUSE = 1_000_000_000  # stage3_max_reuse_distance: what is used again within s
 _PERSISTED = 1_000  # stage3_param_persistence_threshold: whole all the time (tunesmith.engine.zero)
 
 
+EMBEDDING, HEAD = "first", "last"
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """When a module asks for its parameters: all elements at that moment, those of the larger gather that it begins."""
@@ -23,8 +26,8 @@ class Asked:
 
 @dataclass(slots=True)
 class Gathers:
-    """By (phase, unit), the root being "" (in the forward its head, in the backward its embedding): the worst moment
-    of asking, and the elements there are `during` the computation; `end`: after the backward."""
+    """By (phase, unit), where EMBEDDING is the root's first module and HEAD what comes behind the layers: the worst
+    moment of asking, and the elements there are `during` the computation; `end`: after the backward."""
 
     asked: dict[tuple[str, str], Asked] = field(default_factory=dict[tuple[str, str], Asked])
     during: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
@@ -107,7 +110,7 @@ def simulate(workload: Workload, bucket: int) -> Gathers:
         before = found.asked.get(key, Asked(0.0, 0.0))
         found.asked[key] = Asked(max(before.elements, most, now), max(before.batch, batch))
         # the head is the last of the root in the forward, and what counts there is what is left when it computes
-        found.during[key] = now if name == "" else max(found.during.get(key, 0.0), now)
+        found.during[key] = now if name == HEAD else max(found.during.get(key, 0.0), now)
         if phase == "backward" or sum(left) > 2 * _REUSE:
             for p in own:
                 state.whole.pop(p.name, None)
@@ -126,6 +129,7 @@ def _modules(workload: Workload) -> list[tuple[str, list[Parameter]]]:
                 owners.setdefault(p.name.rpartition(".")[0], []).append(p)
         return [(unit_name, own) for own in owners.values()]
 
-    root = split("", workload.root.parameters)
+    root = split(HEAD, workload.root.parameters)
+    root = [(EMBEDDING, own) for _, own in root[:1]] + root[1:]
     layers = [m for stack in workload.layers for unit in stack for m in split(unit.name, unit.parameters)]
     return [*root[:1], *layers, *root[1:]]
