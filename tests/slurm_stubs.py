@@ -30,7 +30,7 @@ while left:
     task = left.pop(pid)
     code = task.returncode = os.waitstatus_to_exitcode(status)
     code = 128 - code if code < 0 else code
-    if code and options["--kill-on-bad-exit"] == "1":
+    if code and options["--kill-on-bad-exit"] == "1" and "SRUN_TOO_LATE" not in os.environ:
         for other in left.values():
             os.killpg(other.pid, signal.SIGKILL)
     worst = max(worst, code)

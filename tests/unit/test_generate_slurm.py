@@ -122,6 +122,14 @@ def test_the_cause_counts_and_not_who_lost_the_other(
     assert requeued(environment) == []
 
 
+@pytest.mark.parametrize("codes", ["2,6", "6,2", "5,2", "2,5"])
+def test_of_two_that_ended_at_once_the_cause_counts(
+    start: Start, environment: dict[str, str], codes: str
+) -> None:
+    assert end(start(codes, SRUN_TOO_LATE="1"))[0] == 2
+    assert requeued(environment) == []
+
+
 def test_slurms_signal_reaches_every_run_and_their_codes_are_waited_for(
     start: Start, environment: dict[str, str], tmp_path: Path
 ) -> None:
