@@ -376,6 +376,17 @@ def test_of_two_that_differ_the_first_is_right() -> None:
     assert one.node == "node1 (machine 1)"
 
 
+def test_nodes_that_would_have_one_name_are_told_apart() -> None:
+    """`torchrun` twice on one host, each of which calls itself machine 0."""
+    one, two = (
+        facts(0),
+        replace(
+            entry("recipe", "training.seed", "7")(facts(2)), claim=replace(claim(2), machine=0, host="node0")
+        ),
+    )
+    assert [f.node for f in compare([one, two]) if "seed" in f.what] == ["node0 (machine 0, rank 2)"]
+
+
 def test_many_different_files_are_a_few_lines() -> None:
     many = {f"data.train[0] {i}.csv": "1:x" for i in range(500)}
     findings = found(lambda f: replace(f, data=many) if f.claim.rank == 2 else f, 2)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.preflight.agreement import odd_ones
-from tunesmith.preflight.compare import compare, node_name
+from tunesmith.preflight.compare import compare, node_name, node_names
 from tunesmith.preflight.content import table_digest
 from tunesmith.preflight.exchange import Meeting, Patience
 from tunesmith.preflight.facts import Facts, claim, gather, new_uid
@@ -93,7 +93,9 @@ class Preflight:
         self.enforce()
 
     def _judge_tables(self, values: Mapping[int, Any]) -> list[Finding]:
-        by_node = {node_name(leader): values[leader.rank] for leader in self.meeting.leaders()}
+        leaders = self.meeting.leaders()
+        names = node_names(leaders)
+        by_node = {names[leader.rank]: values[leader.rank] for leader in leaders}
         return [
             error(
                 odd.node,

@@ -38,8 +38,15 @@ def node_base(claim: Claim) -> int:
 
 
 def node_names(claims: Sequence[Claim]) -> dict[int, str]:
-    """For each rank the name of its node: the host's, with the launcher's number of the machine."""
-    return {claim.rank: node_name(claim) for claim in claims}
+    """For each rank the name of its node: the host's, with the launcher's number of the machine. Nodes that would
+    have one name (each process a launcher's first) are told apart by their first rank."""
+    bases = {node_base(claim): node_name(claim) for claim in claims}
+    counts = Counter(bases.values())
+    return {
+        claim.rank: name if counts[name] == 1 else f"{name[:-1]}, rank {node_base(claim)})"
+        for claim in claims
+        for name in (bases[node_base(claim)],)
+    }
 
 
 def node_name(claim: Claim) -> str:
