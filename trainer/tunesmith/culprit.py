@@ -233,7 +233,7 @@ def missing(recent: Sequence[Collective]) -> tuple[Collective, Collective] | Non
         support = sorted(((_common(ops, at, earlier), earlier) for earlier in range(1, at)), reverse=True)[:2]
         if len(support) < 2 or support[1][0] < _CONTEXT or len({ops[earlier] for _, earlier in support}) > 1:
             continue
-        then = support[0][1]
+        then = support[1][1]  # the older: the later one may run into the place itself
         if ops[then] == ops[at]:
             continue
         after = ops[at : at + 3]
