@@ -331,8 +331,8 @@ def test_recipe_and_topology_must_agree(recipe: Path) -> None:
         UserError, match="single runs one process, not 16; use auto, or ask for one by --nodes and"
     ):
         read(recipe, ("parallel.strategy=single",), 2, 8)
-    with pytest.raises(UserError, match="zero3 needs two processes or more"):
-        read(recipe, ("parallel.strategy=zero3",), 1, 1)
+    with pytest.raises(UserError, match="ddp needs two processes or more"):
+        read(recipe, ("parallel.strategy=ddp",), 1, 1)
     assert read(recipe, ("parallel.strategy=zero3",), 2, 0)[0].processes == 2
     with pytest.raises(UserError, match="is empty or holds characters"):
         read(recipe.rename(recipe.with_name("a\nb.yaml")), (), 1, 1)
