@@ -19,30 +19,14 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from tunesmith.ending import (
-    INTERRUPTED,
-    MACHINE_UNFIT,
-    PEER_LOST,
-    STOPPED,
-    Ending,
-    Signalled,
-    describe,
-    last_step,
-    read,
-    record,
-)
+from tunesmith.ending import INTERRUPTED, PEER_LOST, STOPPED, Ending
 from tunesmith_launch.command import Cluster, Command
 from tunesmith_launch.judge import Judge
 from tunesmith_launch.lease import INTERVAL, Lease
 from tunesmith_launch.lines import Rank, listen
+from tunesmith_launch.outcome import Outcome
 from tunesmith_launch.processes import Signals, kill_tree
-
-_KILLED = (
-    "the process was killed (SIGKILL), most likely by the system for lack of memory: lower "
-    "training.per_device_train_batch_size or data.max_length; continue with --resume"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +74,9 @@ def supervise(
             watch.run()
         finally:
             watch.force()
-        code = watch.conclude(log)
-        if watch.lease is not None:
-            watch.lease.close()
-        return code
+            if watch.lease is not None:
+                watch.lease.close()
+        return watch.outcome.conclude(watch.child.returncode, watch.stop, log, has_agent=command.has_agent)
 
 
 class _Watch:
@@ -112,11 +95,10 @@ class _Watch:
         selector: selectors.BaseSelector,
         signals: Signals,
     ) -> None:
-        self.command, self.folder, self.grace = command, folder, grace
+        self.command, self.grace, self.outcome = command, grace, Outcome(folder)
         self.listener, self.selector, self.signals = listener, selector, signals
         self.ranks: list[Rank] = []  # whose line is open
         self.known: list[Rank] = []  # all that have called
-        self.endings: list[Ending] = []  # in the order in which they were told
         self.stop: int | None = None  # the signal that was passed on
         self.orphaned = False  # the child has ended before its ranks
         self.forces = 0
@@ -142,16 +124,15 @@ class _Watch:
             now = time.monotonic()
             if self.command.has_agent and now >= self.ticked + INTERVAL:
                 self._tick(now)
-            if (
-                self.deadline is not None
-                and now >= self.deadline
-                and (self.ranks or self.child.poll() is None)
-            ):
+            if self._is_left() and self.deadline is not None and now >= self.deadline:
                 self.force()
+
+    def _is_left(self) -> bool:
+        return bool(self.ranks) or self.child.poll() is None
 
     def _patience(self) -> float | None:
         """Seconds until something is to be done that nobody asks for."""
-        due = [] if self.deadline is None else [self.deadline]
+        due = [self.deadline] if self.deadline is not None and self._is_left() else []
         if self.command.has_agent:
             due.append(self.ticked + INTERVAL)
         return max(0.0, min(due) - time.monotonic()) if due else None
@@ -198,7 +179,7 @@ class _Watch:
             self._expect_end(self.grace.saving if agreed else self.grace.failure)
         if ending.code == PEER_LOST and self.command.has_agent and self.stop is None:
             return  # which one, and why, the judge says
-        self.endings.append(ending)
+        self.outcome.told.append(ending)
         if ending.is_cause and self.lease is not None:
             self.lease.tell(ending)
 
@@ -221,7 +202,7 @@ class _Watch:
 
     def _answered(self) -> bool:
         """Whether it is known why the job ends."""
-        return self.stop is not None or any(ending.code for ending in self.endings)
+        return self.stop is not None or self.outcome.is_known
 
     def _open_question(self) -> bool:
         lost = any(rank.witness(None).state in {"gone", "failed"} for rank in self.known)
@@ -229,24 +210,9 @@ class _Watch:
 
     def _told(self, ending: Ending) -> None:
         """How the job ends, as the judge or a rank of another machine says it."""
-        if ending not in self.endings:
-            self._tell(ending)
+        if ending not in self.outcome.told:
+            self.outcome.tell(ending)
             self._expect_end(self.grace.lost if ending.code == PEER_LOST else self.grace.failure)
-
-    def _tell(self, ending: Ending) -> int:
-        """Says and records what no rank of this machine could, unless another has told the cause; its code."""
-        if all(ending.outranks(told) for told in self.endings):
-            print(ending.reason, file=sys.stderr, flush=True)
-            try:
-                record(self.folder, ending)
-            except OSError as error:
-                print(
-                    f"{self.folder}/exit.json cannot be written: {error.strerror}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        self.endings.append(ending)
-        return ending.code
 
     # signals
 
@@ -292,38 +258,3 @@ class _Watch:
         self.deadline = time.monotonic() + self.grace.force
         if left and sys.stderr.isatty():
             sys.stderr.write("\x1b[?25h")  # a progress bar had hidden the cursor
-
-    # the end
-
-    def _ending(self, code: int, reason: str) -> Ending:
-        return Ending(code, reason, 0, last_step(self.folder))
-
-    def conclude(self, log: IO[bytes]) -> int:
-        """The exit code of the run, with a line on stderr where no rank could say why."""
-        status = self.child.returncode
-        cause = next((e for e in self.endings if not any(o.outranks(e) for o in self.endings)), None)
-        elsewhere = read(self.folder)  # on another machine, or by a rank whose line broke
-        if status and elsewhere is not None and (cause is None or elsewhere.outranks(cause)):
-            print(elsewhere.reason, file=sys.stderr, flush=True)
-            cause = elsewhere
-        explained = True
-        if cause is not None and cause.code:
-            code = cause.code
-        elif status == 0:
-            code = 0
-        elif self.stop is not None:
-            told = describe(Signalled(self.stop), self.folder)
-            assert told is not None
-            code = self._tell(self._ending(*told))
-        elif status == -signal.SIGKILL:
-            code = self._tell(self._ending(MACHINE_UNFIT, _KILLED))
-        elif status is not None and status < 0:
-            code = self._tell(self._ending(1, f"the process was ended by {signal.Signals(-status).name}"))
-        else:
-            explained = False
-            code = 1 if self.command.has_agent or status is None else status
-        if not explained or os.environ.get("TUNESMITH_DEBUG") == "1":
-            log.seek(0)
-            sys.stderr.write(log.read().decode(errors="replace"))
-            sys.stderr.flush()
-        return code

@@ -86,7 +86,8 @@ class Peers:
 
     def _judge(self, reason: str) -> list[Verdict]:
         beat = self.watchdog.last_words()
-        store = _connect(self._groups)  # a connection of its own: the other may hang in an answer that does not come
+        # a connection of its own: the other may hang in an answer that does not come
+        store = _connect(self._groups)
         if store is None:
             return []
         try:
