@@ -57,7 +57,9 @@ class Case:
         from tunesmith.recipe import Recipe
 
         task = str(self.objective["type"])
-        form = {"causal_lm": "text", "masked_lm": "text", "classification": "classification"}.get(task, "text")
+        form = {"causal_lm": "text", "masked_lm": "text", "classification": "classification"}.get(
+            task, "text"
+        )
         return Recipe.model_validate(
             {
                 "model": {
@@ -87,7 +89,9 @@ class Case:
 
 
 def read_cases(path: Path) -> list[Case]:
-    return [Case(**{**given, "freeze": tuple(given.get("freeze", ()))}) for given in json.loads(path.read_text())]
+    return [
+        Case(**{**given, "freeze": tuple(given.get("freeze", ()))}) for given in json.loads(path.read_text())
+    ]
 
 
 class _NoTokenizer:
@@ -175,7 +179,10 @@ def _quantise(model: Any) -> None:
                     quant_type="nf4",
                 )
                 made.weight = bnb.nn.Params4bit(
-                    child.weight.data.bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=True
+                    child.weight.data.bfloat16(),
+                    requires_grad=False,
+                    quant_type="nf4",
+                    compress_statistics=True,
                 )
                 made.bias = child.bias
                 setattr(module, name, made.to("cpu"))

@@ -7,7 +7,7 @@ two points give all of them, and the peak of any micro-batch is the largest of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -31,12 +31,13 @@ _FIELDS = ("live", "gradients", "logits", "flops", "moved")
 class Variant:
     """How the arithmetic runs. `parameters`: their dtype in the forward; `autocast`: the
     precision of torch's autocast; `checkpointing`: layers are recomputed in the backward; `zero3`: linear layers are
-    DeepSpeed's."""
+    DeepSpeed's; `cuda`: dropout and attention are CUDA's."""
 
     parameters: torch.dtype = torch.float32
     autocast: str = "fp32"
     checkpointing: bool = False
     zero3: bool = False
+    cuda: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,10 @@ class Part:
     place: int
     constant: NDArray[np.float64]  # [events, 5]
     slope: NDArray[np.float64]  # [events, 5], per row
-    advance: tuple[float, float] = (0.0, 0.0)  # live bytes when the next part begins, less those at the beginning
+    advance: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # live bytes when the next part begins, less those at the beginning
 
     def at(self, rows: int) -> NDArray[np.float64]:
         return self.constant + rows * self.slope
@@ -96,11 +100,9 @@ class Profile:
                 yield by_place[place], layer
 
 
-def profile(
-    model: Any, stacks: list[Stack], task: Task, shape: Shape, variant: Variant, device: torch.device
-) -> Profile:
+def profile(model: Any, stacks: Sequence[Stack], task: Task, shape: Shape, variant: Variant) -> Profile:
     """Traces `model` (cut to its kept layers, on meta) at two micro-batches; `shape.rows` is not looked at."""
-    few, many = (record(model, stacks, task, _with_rows(shape, rows), variant, device) for rows in _ROWS)
+    few, many = (record(model, stacks, task, _with_rows(shape, rows), variant) for rows in _ROWS)
     assert [(s.phase, s.layer) for s in few] == [(s.phase, s.layer) for s in many]
     names = _places(stacks)
     parts = [_part(a, b, *names.get(a.layer, (-1, -1))) for a, b in zip(few, many, strict=True)]
@@ -116,7 +118,7 @@ def _with_rows(shape: Shape, rows: int) -> Shape:
     return Shape(rows, shape.length, shape.target_length, shape.padded, shape.packed)
 
 
-def _places(stacks: list[Stack]) -> dict[int, tuple[int, int]]:
+def _places(stacks: Sequence[Stack]) -> dict[int, tuple[int, int]]:
     """The running number of a kept layer → (its stack, its place in it)."""
     pairs = [(s, place) for s, stack in enumerate(stacks) for place in range(len(stack.kept))]
     return dict(enumerate(pairs))
@@ -145,14 +147,23 @@ def _outline(table: NDArray[np.float64]) -> NDArray[np.float64]:
     return rows
 
 
-def record(
-    model: Any, stacks: list[Stack], task: Task, shape: Shape, variant: Variant, device: torch.device
-) -> list[Span]:
+def traced(model: Any, stacks: Sequence[Stack], task: Task, shape: Shape, variant: Variant) -> Profile:
+    """The profile of exactly `shape.rows` rows of a model that is not cut: nothing in it is put together."""
+    spans = record(model, stacks, task, shape, variant)
+    names = _places(stacks)
+    parts: list[Part] = []
+    for span in spans:
+        table = _table(span)
+        parts.append(Part(span.phase, *names.get(span.layer, (-1, -1)), table, np.zeros_like(table)))
+    return Profile(tuple(_advanced(part, after) for part, after in pairwise(parts)), tuple(stacks))
+
+
+def record(model: Any, stacks: Sequence[Stack], task: Task, shape: Shape, variant: Variant) -> list[Span]:
     """The spans of one forward and backward of `model`, whose parameters are replaced by fake ones."""
     from torch._subclasses import FakeTensorMode
 
-    logits = _logits_sizes(model, shape)
-    with values_are_asked(), FakeTensorMode(), kernels_of(zero3=variant.zero3):
+    logits, device = _logits_sizes(model, shape), torch.device("cpu")
+    with values_are_asked(), FakeTensorMode(), kernels_of(zero3=variant.zero3, cuda=variant.cuda):
         _set_checkpointing(model, variant.checkpointing)
         fake_parameters(model, device, variant.parameters)
         module = TrainModule(model, task, variant.autocast)  # type: ignore[arg-type]
@@ -195,7 +206,7 @@ def _set_checkpointing(model: Any, wanted: bool) -> None:
         disable()
 
 
-def _mark(model: nn.Module, stacks: list[Stack], recorder: Recorder) -> Iterator[Any]:
+def _mark(model: nn.Module, stacks: Sequence[Stack], recorder: Recorder) -> Iterator[Any]:
     """Hooks that begin a span at each layer's borders, in the forward and in the backward."""
     number = 0
     for _, layers in layer_modules(model, stacks):

@@ -58,10 +58,11 @@ class Nf4Linear(nn.Module):
         weight: Any = nn.Parameter(packed, requires_grad=False)
         weight.whole_shape, weight.stored_bytes = self.shape, nf4_bytes(numel)
         self.weight = weight
-        self.bias = base.bias
+        self.bias: nn.Parameter | None = base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        bias: Tensor | None = self.bias
+        bias = None if bias is None else bias.to(torch.bfloat16)
         return _Nf4Product.apply(x.to(torch.bfloat16), self.shape, bias).to(x.dtype)  # type: ignore[no-any-return]
 
 

@@ -4,7 +4,7 @@ other tensors."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -40,12 +40,30 @@ def _zero3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return _Zero3Linear.apply(x, weight, bias)  # type: ignore[no-any-return]
 
 
+def _fused_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """CUDA keeps a mask of one byte an element, the CPU one as wide as the element."""
+    if not training or p == 0.0:
+        return x
+    return torch.native_dropout(x, p, True)[0]
+
+
+_sdpa = F.scaled_dot_product_attention
+
+
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """CUDA's fused attention drops out within the kernel; the CPU's takes no dropout and would fall back to one that
+    keeps all weights. What both keep is alike: query, key, value, output and a number per row."""
+    return _sdpa(query, key, value, *args, **(kwargs | {"dropout_p": 0.0}))
+
+
 @contextlib.contextmanager
-def kernels_of(*, zero3: bool) -> Iterator[None]:
+def kernels_of(*, zero3: bool, cuda: bool) -> Generator[None]:
     """Within it the model computes as on the device and under the engine that are planned for."""
     replaced: dict[str, Callable[..., Any]] = {}
     if zero3:
         replaced["linear"] = _zero3_linear
+    if cuda:
+        replaced |= {"dropout": _fused_dropout, "scaled_dot_product_attention": _fused_attention}
     functions: Any = F
     original = {name: getattr(functions, name) for name in replaced}
     for name, function in replaced.items():

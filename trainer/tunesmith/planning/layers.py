@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,12 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     return shapes, plain
 
 
-def layer_modules(model: nn.Module, stacks: list[Stack]) -> Iterator[tuple[Stack, list[nn.Module]]]:
+def uncut(stacks: Sequence[Stack]) -> list[Stack]:
+    """The same stacks with every layer standing for itself."""
+    return [Stack(s.name, s.depth, tuple(range(s.depth)), tuple(range(s.depth))) for s in stacks]
+
+
+def layer_modules(model: nn.Module, stacks: Sequence[Stack]) -> Iterator[tuple[Stack, list[nn.Module]]]:
     """Each stack with its layers as they are in the model now."""
     for stack in stacks:
         found = model.get_submodule(stack.name)
@@ -74,7 +79,7 @@ def layer_modules(model: nn.Module, stacks: list[Stack]) -> Iterator[tuple[Stack
         yield stack, list(found)
 
 
-def cut(model: Any, stacks: list[Stack]) -> None:
+def cut(model: Any, stacks: Sequence[Stack]) -> None:
     """Leaves only the layers that stand for the others, in place, and says so in the config."""
     for stack in stacks:
         path, _, leaf = stack.name.rpartition(".")

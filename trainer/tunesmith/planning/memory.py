@@ -88,7 +88,9 @@ class Place:
     def moment(self) -> str:
         if self.is_layer:
             return f"{self.part.phase} of layer {self.layer}"
-        return {"forward": "head and loss", "backward": "backward of the embedding"}.get(self.part.phase, "step")
+        return {"forward": "head and loss", "backward": "backward of the embedding"}.get(
+            self.part.phase, "step"
+        )
 
     def before_gradients(self) -> Place | None:
         """The part of it that comes before its first parameter gradient, if any does."""

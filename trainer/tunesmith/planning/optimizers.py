@@ -7,7 +7,9 @@ from math import prod
 
 from tunesmith.recipe.optim import SGD, Adafactor, Adagrad, Adam, AdamW, AdamW8bit, Lion8bit, Optim, RMSprop
 
-_8BIT_FROM = 4096  # elements: bitsandbytes keeps smaller tensors' state in fp32 (Optimizer2State, min_8bit_size)
+_8BIT_FROM = (
+    4096  # elements: bitsandbytes keeps smaller tensors' state in fp32 (Optimizer2State, min_8bit_size)
+)
 _8BIT_BLOCK = 256  # elements that share one fp32 scale (blockwise quantisation, Dettmers et al. 2022)
 
 

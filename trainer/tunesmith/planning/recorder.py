@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,7 +77,9 @@ class Recorder(TorchDispatchMode):
         if func in _READS:
             return self._answer(func, args)
         given = list(_tensors((args, kwargs)))
-        for tensor in given:  # what was there before (parameters) is no part of the computation, nor are its views
+        for (
+            tensor
+        ) in given:  # what was there before (parameters) is no part of the computation, nor are its views
             self._know(tensor, counted=False)
         out = func(*args, **kwargs)
         self._settle()
@@ -111,7 +113,7 @@ class Recorder(TorchDispatchMode):
 
     def _know(self, tensor: Tensor, *, counted: bool) -> int:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage] — the address of the storage, its identity
         if key in self._sizes:
             return 0
         size = storage.nbytes() if counted else 0
@@ -160,7 +162,7 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 @contextlib.contextmanager
-def values_are_asked() -> Iterator[None]:
+def values_are_asked() -> Generator[None]:
     """transformers builds every attention mask where it sees fake tensors, since it may not look at their values;
     here it may, and the recorder answers."""
     from transformers.utils import import_utils
@@ -178,14 +180,12 @@ def fake_parameters(module: nn.Module, device: torch.device, dtype: torch.dtype)
     floating parameters in `dtype`. Tied parameters stay tied."""
     made: dict[int, nn.Parameter] = {}
     for part in module.modules():
-        for name, parameter in list(part._parameters.items()):
-            if parameter is None:
-                continue
+        slots: Any = vars(part)  # setattr would refuse a parameter where a tied one sits
+        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in made:
                 kind = dtype if parameter.is_floating_point() else parameter.dtype
                 value = torch.empty(parameter.shape, dtype=kind, device=device)
                 made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            part._parameters[name] = made[id(parameter)]
-        for name, buffer in list(part._buffers.items()):
-            if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            slots["_parameters"][name] = made[id(parameter)]
+        for name, buffer in list(part.named_buffers(recurse=False, remove_duplicate=False)):
+            slots["_buffers"][name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)

@@ -73,9 +73,13 @@ def _micro_step(
     *,
     fresh: bool,
 ) -> Iterator[Breakdown]:
-    gloo = 1.0 if setup.device == "cpu" and shards > 1 else 0.0  # its collectives work on a copy (ProcessGroupGloo.cpp)
+    gloo = (
+        1.0 if setup.device == "cpu" and shards > 1 else 0.0
+    )  # its collectives work on a copy (ProcessGroupGloo.cpp)
     root = _sizes(workload.root, shards, width)
-    order = [_sizes(unit_of(workload, p), shards, width) for p in found if p.is_layer and p.part.phase == "forward"]
+    order = [
+        _sizes(unit_of(workload, p), shards, width) for p in found if p.is_layer and p.part.phase == "forward"
+    ]
     # the root is gathered first: output of the gather, then the parameters copied out of it
     yield replace(held, gather=root.cast * 2 + root.gathered * (1 + gloo), moment="gather of the root")
     waiting = root.gathered  # a gather's output is let go of when the next unit's is there, in the forward

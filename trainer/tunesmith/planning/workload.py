@@ -107,9 +107,7 @@ def units_of(model: nn.Module, stacks: list[Stack]) -> tuple[Unit, tuple[tuple[U
                 seen.add(id(parameter))
                 shape = tuple(getattr(parameter, "whole_shape", parameter.shape))
                 stored = getattr(parameter, "stored_bytes", parameter.numel() * parameter.element_size())
-                found.append(
-                    Parameter(f"{name}.{leaf}".lstrip("."), shape, parameter.requires_grad, stored)
-                )
+                found.append(Parameter(f"{name}.{leaf}".lstrip("."), shape, parameter.requires_grad, stored))
         return Unit(name, tuple(found))
 
     layers = tuple(

@@ -84,7 +84,9 @@ def _stages_1_and_2(workload: Workload, setup: Setup, found: list[Place]) -> Ite
                 continue
             reductions, in_bucket = _reductions(place, in_bucket, bucket)
             for live, filled in reductions:
-                here = replace(base, activations=live, gradients=before + owned * reduced, moment=place.moment)
+                here = replace(
+                    base, activations=live, gradients=before + owned * reduced, moment=place.moment
+                )
                 yield replace(here, buffers=bucket + filled)
                 reduced = True
             yield place.peak(keeps_gradients=False, base=replace(base, gradients=before + owned * reduced))
@@ -139,7 +141,9 @@ def _stage3(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
         held = replace(held, optimizer=trained + state_bytes(workload.optim, flats), gradients=trained)
     gathers = simulate(workload, setup.bucket)
     in_bucket = 0.0
-    gloo = 1.0 if setup.device == "cpu" else 0.0  # gathers and reduce-scatters on a copy (ProcessGroupGloo.cpp)
+    gloo = (
+        1.0 if setup.device == "cpu" else 0.0
+    )  # gathers and reduce-scatters on a copy (ProcessGroupGloo.cpp)
     for place in found:
         asked, during = _gathered(gathers, workload, place)
         base = replace(held, gather=4.0 * during)
