@@ -77,8 +77,7 @@ class Bench:
 
         self.engine = SingleEngine(torch.device("cpu"))
         self.engine.prepare(
-            TrainModule(model(), objective, precision).train(),
-            lambda module: optim.build(settings.optim, optim.parameter_groups(module, settings.optim)),
+            TrainModule(model(), objective, precision).train(), lambda device: None, settings.optim
         )
         self.plain = model()
         groups = optim.parameter_groups(self.plain, settings.optim)

@@ -72,7 +72,7 @@ def check_strategy(loaded: Loaded, processes: int, option: str) -> None:
             f"{place}: parallel.strategy: single runs one process, not {processes}; use auto, or ask for one by "
             f"{option}"
         )
-    if strategy not in {"single", "auto"} and processes == 1:
+    if strategy == "ddp" and processes == 1:
         raise UserError(
             f"{place}: parallel.strategy: {strategy} needs two processes or more: ask for them by {option}, or use auto"
         )

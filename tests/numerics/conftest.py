@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from objective_cases import CASES, Layout, Result, Run, read_result, recipe
-from rank_pool import Ranks
+from rank_pool import Pools
 from tiny_data import build_data
 from tiny_models import build_models
 from tunesmith.run import Resume, run
@@ -39,22 +39,6 @@ def workshop_eval(workshop: Path) -> dict[str, dict[str, Any]]:
         name: {"eval": [{"path": str(workshop / "data" / f"{case.file}.jsonl"), "format": case.format}]}
         for name, case in CASES.items()
     }
-
-
-class Pools:
-    """Pools of ranks by their number, started when they are first asked for."""
-
-    def __init__(self) -> None:
-        self._pools: dict[int, Ranks] = {}
-
-    def __getitem__(self, world_size: int) -> Ranks:
-        if world_size not in self._pools:
-            self._pools[world_size] = Ranks.start(world_size)
-        return self._pools[world_size]
-
-    def stop(self) -> None:
-        for pool in self._pools.values():
-            pool.stop()
 
 
 @pytest.fixture(scope="session")

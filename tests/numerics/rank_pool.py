@@ -67,6 +67,22 @@ class Ranks:
             process.join()
 
 
+class Pools:
+    """Pools of ranks by their number, started when they are first asked for."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Ranks] = {}
+
+    def __getitem__(self, world_size: int) -> Ranks:
+        if world_size not in self._pools:
+            self._pools[world_size] = Ranks.start(world_size)
+        return self._pools[world_size]
+
+    def stop(self) -> None:
+        for pool in self._pools.values():
+            pool.stop()
+
+
 def _free_port() -> int:
     """Below the ports that the system hands out by itself: a rank that calls before rank 0 listens could else be
     given the very port that it calls, and talk to itself."""

@@ -27,6 +27,7 @@ from tiny_models import llama_config
 from tunesmith.engine.single import SingleEngine
 from tunesmith.errors import UserError
 from tunesmith.module import TrainModule
+from tunesmith.recipe import optim
 from tunesmith.run import Resume, run
 from tunesmith.startup import check_packing
 
@@ -132,7 +133,7 @@ def test_a_mask_that_isolates_nothing_is_refused(workshop: Path) -> None:
     stream = open_stream(recipe(workshop, CASES["causal_lm"], SGD, WHOLE, 3, data=PACKED), workshop)
     model = AutoModelForCausalLM.from_pretrained(workshop / "models" / "llama")
     engine = SingleEngine(torch.device("cpu"))
-    engine.prepare(TrainModule(model, stream.objective, "fp32"), _sgd)
+    engine.prepare(TrainModule(model, stream.objective, "fp32"), lambda device: None, optim.SGD(name="sgd"))
     assert check_packing(stream, engine) < 1e-5
     outputs = stream.objective.outputs
 
@@ -143,10 +144,6 @@ def test_a_mask_that_isolates_nothing_is_refused(workshop: Path) -> None:
     stream.objective.outputs = with_mask  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(UserError, match=LEAK):
         check_packing(stream, engine)
-
-
-def _sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1)
 
 
 @pytest.mark.parametrize("case", ["masked_lm", "single_label", "seq2seq_t5"])

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from conftest import Pools
 from objective_cases import (
     ADAMW,
     CASES,
     SGD,
     SLOW_SGD,
+    TOLERANCE,
     WHOLE,
     Layout,
     Run,
@@ -25,6 +25,7 @@ from objective_cases import (
     read_result,
     recipe,
 )
+from rank_pool import Pools
 from tunesmith.run import Resume, run
 
 CORE = ["sft", "single_label"]
@@ -63,6 +64,20 @@ def test_clipped_adamw_does_not_see_the_engine(train: Run, case: str, strategy: 
     one, two = train(case, ADAMW, WHOLE, 30), train(case, ADAMW, TWO, 30, parallel=parallel)
     assert min(one.curve("grad_norm")) > 0.1, "every step is meant to be clipped"
     assert_same_curves(two, one)
+
+
+@pytest.mark.parametrize("case", CORE)
+@pytest.mark.parametrize("engine", ["single", "ddp", *SHARDED])
+def test_the_losses_are_those_of_the_golden_file(train: Run, case: str, engine: str) -> None:
+    """One process and all engines could drift together: the file holds them where they were. A change that is meant
+    to change the mathematics changes the file, in the same commit."""
+    golden = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
+    layout = WHOLE if engine == "single" else TWO
+    for name, optimizer, steps in (("adamw", ADAMW, 30), ("sgd", SGD, 20)):
+        parallel = {} if engine in {"single", "ddp"} else {"parallel": SHARDED[engine]}
+        found = train(case, optimizer, layout, steps, **parallel)
+        for key, expected in golden[f"{case} {name}"].items():
+            assert found.curve(key) == pytest.approx(expected, rel=TOLERANCE), (name, key)
 
 
 @pytest.mark.parametrize("case", sorted(set(CASES) - set(CORE)))
@@ -239,3 +254,27 @@ def _cross(workshop: Path, pools: Pools, engine: str, run_name: str, how: Resume
     else:
         pools[world_size].run(made, workshop, how)
     return run_name
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_packed_rows_in_shards(train: Run, strategy: str) -> None:
+    sections = {"data": {"packing": True}}
+    one = train("sft", SGD, WHOLE, 12, **sections)
+    two = train("sft", SGD, TWO, 12, parallel=SHARDED[strategy], **sections)
+    assert_same_curves(two, one)
+    assert_same_weights(two, one)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_one_process(train: Run, strategy: str, precision: str) -> None:
+    """Gradients are reduced in fp32 everywhere; FSDP2 also gathers 16-bit weights, and rounds its norms."""
+    sections = {"training": {"precision": precision}}
+    parallel = SHARDED.get(strategy, {"strategy": strategy})
+    one, two = (
+        train("sft", SGD, WHOLE, 10, **sections),
+        train("sft", SGD, TWO, 10, parallel=parallel, **sections),
+    )
+    assert two.facts["precision"] == precision
+    for key in ("loss", "grad_norm"):
+        assert two.curve(key) == pytest.approx(one.curve(key), rel=2e-2), key

@@ -44,7 +44,7 @@ def rising(tmp_path: Path) -> dict[str, Any]:
     """A learning rate at which the evaluation loss gets worse after a while."""
     return {
         "data": with_eval(tmp_path),
-        "optim": {"name": "sgd", "learning_rate": 60.0, "max_grad_norm": None},
+        "optim": {"name": "sgd", "learning_rate": 15.0, "max_grad_norm": None},
         "schedule": {"lr_scheduler_type": "constant", "warmup_steps": 6},
         "evaluation": {"eval_steps": 1},
         "checkpoint": {"save_steps": None, "save_total_limit": 1},

@@ -6,7 +6,7 @@ leave it. Its forward has a mode; every rank runs the same mode at the same time
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ class Predicted(NamedTuple):
 
 class TrainModule(nn.Module):
     """`forward(batch, "loss", normalizers)` → Loss; `forward(batch, "predict")` → Predicted;
-    `forward(batch, "generate", options=…)` → generated token ids [rows, new tokens]."""
+    `forward(batch, "generate", options=…)` → generated token ids [rows, new tokens]; `forward(batch, "logits")` →
+    the model's own without autocast, fp32 [rows, positions, classes]."""
 
     def __init__(self, model: nn.Module, objective: Objective, precision: Precision) -> None:
         super().__init__()
@@ -49,16 +50,18 @@ class TrainModule(nn.Module):
     def forward(
         self,
         batch: Batch,
-        mode: Literal["loss", "predict", "generate"] = "loss",
+        mode: Literal["loss", "predict", "generate", "logits"] = "loss",
         normalizers: Tensor | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Loss | Predicted | Tensor:
         device = next(iter(batch.inputs.values())).device
         dtype = _AUTOCAST.get(self.precision)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None and mode != "logits"):
             if mode == "generate":
                 return self._generate(batch, options or {})
             outputs = self.objective.outputs(self.model, batch)
+        if mode == "logits":
+            return cast(Tensor, outputs["logits"]).float()
         if mode == "predict":
             ones = torch.ones(len(self.objective.terms), device=device)
             return Predicted(

@@ -12,6 +12,7 @@ from tunesmith.engine import Engine
 from tunesmith.errors import MachineError, TrainingStopped, UserError
 
 PACKING_TOLERANCE = 1e-4  # relative, fp32: measured < 1e-6 where packing isolates, > 0.3 where it leaks
+ROUNDED_TOLERANCE = 0.05  # where an engine gathers its weights in 16 bits
 
 
 def probe(engine: Engine, stream: Stream) -> dict[str, float | int | list[str]]:
@@ -62,22 +63,18 @@ def check_packing(stream: Stream, engine: Engine) -> float:
     module = engine.train_module
     module.eval()
     with torch.no_grad():
-        packed = _logits(engine, stream.batch([[first, second]], 0, first))[:, int(lengths[first]) :]
-        alone = _logits(engine, stream.batch([[second]], 0, second))
+        both = stream.batch([[first, second]], 0, first)
+        packed: Tensor = engine.forward(both, "logits")[:, int(lengths[first]) :]
+        alone: Tensor = engine.forward(stream.batch([[second]], 0, second), "logits")
     module.train()
     difference = float((packed - alone).abs().max() / alone.abs().max())
-    if not difference <= PACKING_TOLERANCE:
+    tolerance = ROUNDED_TOLERANCE if engine.builds_empty and module.precision != "fp32" else PACKING_TOLERANCE
+    if not difference <= tolerance:
         raise UserError(
             f"data.packing: {type(module.model).__name__} lets packed rows see each other "
             f"(their logits change by {difference:.1e}): set packing: false"
         )
     return difference
-
-
-def _logits(engine: Engine, batch: Batch) -> Tensor:
-    """[sequences, positions, vocabulary] in fp32."""
-    module = engine.train_module
-    return module.objective.outputs(module.model, batch.to(engine.device))["logits"].float()
 
 
 def _width(batch: Batch) -> int:

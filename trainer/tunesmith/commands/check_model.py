@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith import optim
 from tunesmith.batch import Batch
 from tunesmith.commands.findings import Finding, attempt, error, fine, from_exception, warning
 from tunesmith.data.prepare import Dataset
@@ -139,7 +138,7 @@ def _predicted_memory(recipe: Recipe, model: nn.Module, engine: Engine) -> Itera
 def _prepare(recipe: Recipe, engine: Engine, loaded: Loaded, objective: Objective) -> None:
     precision, _ = choose(recipe.training.precision, engine.device)
     module = TrainModule(loaded.model, objective, precision)
-    engine.prepare(module, lambda m: optim.build(recipe.optim, optim.parameter_groups(m, recipe.optim)))
+    engine.prepare(module, loaded.fill, recipe.optim)
 
 
 def _computed(

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunesmith.checkpoint.run_state import load_weights
 from tunesmith.checkpoint.store import verify
 from tunesmith.engine import Engine, build_engine
@@ -23,6 +21,7 @@ from tunesmith.precision import choose
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.optim import SGD
 from tunesmith.recipe.parallel import Single
 from tunesmith.tokenizer import tokenizer_for
 
@@ -61,7 +60,7 @@ def open_run(run_dir: Path, checkpoint: int | None = None) -> FinishedRun:
     engine = build_engine(recipe.model_copy(update={"parallel": Single(strategy="single")}))
     precision, _ = choose(recipe.training.precision, engine.device)
     module = TrainModule(loaded.model, objective, precision)
-    engine.prepare(module, lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
+    engine.prepare(module, loaded.fill, SGD(name="sgd"))  # which holds no state, and takes no step
     if saved is not None:
         load_weights(engine, saved)
     engine.module.eval()
