@@ -122,9 +122,12 @@ class Lease:
         for machine in self.machines.values():
             if machine.silent is not None:
                 machine.silent += min(passed, 1.5 * INTERVAL)
-            if machine.wire is None and self._cluster.machine_rank != 0 and not machine.over:
+            calls = machine.wire is None and self._cluster.machine_rank != 0 and not machine.over
+            if calls:
                 self._call(machine)
-            self._say(machine, {**self._name(), "ranks": [_plain(rank) for rank in ranks]}, always=False)
+            self._say(machine, {**self._name(), "ranks": [_plain(rank) for rank in ranks]}, always=calls)
+            for ending in self._endings if calls else ():  # to a stranger it would not listen
+                self._say(machine, {"ending": asdict(ending)}, always=True)
 
     def tell(self, ending: Ending, but: int | None = None) -> None:
         """Says on every machine, except `but`, how the job or a rank of it has ended."""
@@ -137,14 +140,17 @@ class Lease:
 
     def lost(self, *, suspicious: bool = False) -> list[Lost]:
         """The machines that have been silent for too long; `suspicious`: the job has failed already, so a machine
-        that never called, or has been silent for a few seconds, counts as well."""
+        counts as well that never called, has hung up, or has been silent for a few seconds."""
         patience = min(self._patience, 4 * INTERVAL) if suspicious else self._patience
-        here = self._cluster.processes_here
-        return [
-            Lost(m.number, m.node, m.silent, m.number * here)
-            for m in self.machines.values()
-            if not m.over and (suspicious if m.silent is None else m.silent > patience)
-        ]
+        found: list[Lost] = []
+        for m in self.machines.values():
+            closed = m.silent is not None and m.wire is None
+            silent = m.silent is not None and m.silent > patience
+            if not m.over and (silent or (suspicious and (closed or m.silent is None))):
+                found.append(
+                    Lost(m.number, m.node, m.silent, m.number * self._cluster.processes_here, closed)
+                )
+        return found
 
     def close(self) -> None:
         for machine in self.machines.values():
@@ -163,16 +169,13 @@ class Lease:
     def _listen(self) -> socket.socket:
         host, number = self._address
         try:
-            family, kind, _, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
-            listener = socket.socket(family, kind)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
+            family, _, _, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+            listener = socket.create_server((str(address[0]), number), family=family, backlog=128)
         except OSError as error:
             raise MachineError(
                 f"the lease of the run needs port {number} of {host} (the next after --main-process-port), on this "
                 f"machine: {error.strerror}; choose another --main-process-port, or correct --main-process-ip"
             ) from None
-        listener.listen(128)
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         return listener
 
@@ -188,8 +191,6 @@ class Lease:
             wire = machine.wire = Wire(socket.socket(family, kind))
             wire.line.connect_ex(address)
             self._selector.register(wire.line, selectors.EVENT_READ, lambda: self._hear(wire))
-            for ending in self._endings:
-                self._say(machine, {"ending": asdict(ending)}, always=True)
 
     def _say(self, machine: Machine, message: dict[str, Any], *, always: bool) -> None:
         if machine.wire is not None:

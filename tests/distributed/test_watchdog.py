@@ -341,7 +341,8 @@ def test_a_machine_that_is_gone(bench: Bench, nodes: Nodes, what: str) -> None:
     found = job.verdict()
     assert (found["code"], found["rank"]) == (6, 1 if "machine 1" in found["reason"] else 0)
     assert found["step"] >= AT
-    assert "machine 1 (nodeb) is lost: nothing was heard from it for" in first.err, job.seen()
+    how = "it has closed the connection" if what == "kill" else "nothing was heard from it for 1"
+    assert f"machine 1 (nodeb) is lost: {how}" in first.err, job.seen()
     assert " was in collective " in first.err
     if what == "pull":
         assert "machine 0 (nodea) is lost: nothing was heard from it for" in second.err, job.seen()

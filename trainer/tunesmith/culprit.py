@@ -95,19 +95,25 @@ class Witness:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A machine that is not heard any more; `silent` in seconds, None where it never called."""
+    """A machine that is not heard any more; `silent` in seconds, None where it never called; `closed`: its
+    connection ended without a farewell."""
 
     machine: int
     node: str
     silent: float | None
     first_rank: int
+    closed: bool = False
 
     def __str__(self) -> str:
         if self.silent is None:
             return f"machine {self.machine} never called"
-        return (
-            f"machine {self.machine} ({self.node}) is lost: nothing was heard from it for {self.silent:.0f} s"
+        closed = (
+            self.closed and self.silent < SILENCE
+        )  # after that, by our own end, to which it did not answer
+        how = (
+            "it has closed the connection" if closed else f"nothing was heard from it for {self.silent:.0f} s"
         )
+        return f"machine {self.machine} ({self.node}) is lost: {how}"
 
 
 @dataclass(frozen=True, slots=True)
