@@ -60,6 +60,7 @@ def machines() -> Iterator[Callable[..., list[End]]]:
 def meet(first: End, *others: End) -> None:
     for number, other in enumerate(others, 1):
         machine = first.lease.machines[number]
+        machine.ranks = []
         other.lease.tick([], 1.0)
         first.until(lambda machine=machine: machine.wire is None and bool(first.selector.select(0.1)))
         other.lease.tick([witness(2 * number)], 1.0)
