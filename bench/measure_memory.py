@@ -57,9 +57,7 @@ class Case:
         from tunesmith.recipe import Recipe
 
         task = str(self.objective["type"])
-        form = {"causal_lm": "text", "masked_lm": "text", "classification": "classification"}.get(
-            task, "text"
-        )
+        form = {"classification": "classification", "seq2seq": "translation"}.get(task, "text")
         return Recipe.model_validate(
             {
                 "model": {

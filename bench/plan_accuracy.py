@@ -257,7 +257,8 @@ def main() -> None:
     )
     options.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     options.add_argument("--only", nargs="+", default=[""], help="Parts of the names.")
-    options.add_argument("--json", type=Path)
+    options.add_argument("--json", type=Path, help="Where to write the results.")
+    options.add_argument("--reuse", type=Path, help="Results whose measurements are taken as they are.")
     given = options.parse_args()
     import torch
 
@@ -265,6 +266,12 @@ def main() -> None:
 
     quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    known: dict[str, dict[str, Any]] = {}
+    if given.reuse:
+        known = {
+            row["case"]: {"peak": row["measured"], "error": row["fault"]}
+            for row in json.loads(given.reuse.read_text(encoding="utf-8"))
+        }
     results: list[Result] = []
     for world in given.worlds:
         some = [
@@ -272,7 +279,7 @@ def main() -> None:
             for case in cases()
             if case.world_size == world and any(part in case.name for part in given.only)
         ]
-        peaks = measured(some) if some else {}
+        peaks = known or (measured(some) if some else {})
         for case in some:
             peak = peaks.get(case.name, {"error": "the process died"})
             result = Result(case, plan(case, device), peak.get("peak"), peak.get("error", ""))

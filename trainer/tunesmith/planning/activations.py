@@ -124,6 +124,10 @@ def _places(stacks: Sequence[Stack]) -> dict[int, tuple[int, int]]:
     return dict(enumerate(pairs))
 
 
+def _stands_for(stacks: Sequence[Stack], stack: int, place: int) -> int:
+    return stacks[stack].represented.count(place)
+
+
 def _part(few: Span, many: Span, stack: int, place: int) -> Part:
     a, b = _table(few), _table(many)
     if len(a) != len(
@@ -168,7 +172,9 @@ def record(model: Any, stacks: Sequence[Stack], task: Task, shape: Shape, varian
         fake_parameters(model, device, variant.parameters)
         module = TrainModule(model, task, variant.autocast)  # type: ignore[arg-type]
         module.train()
-        recorder = Recorder(logits_sizes=logits, regular=not (shape.padded or shape.packed))
+        copies = {number: _stands_for(stacks, *place) - 1 for number, place in _places(stacks).items()}
+        regular = not (shape.padded or shape.packed)
+        recorder = Recorder(logits_sizes=logits, regular=regular, copies=copies)
         handles = list(_mark(model, stacks, recorder))
         try:
             with recorder:

@@ -13,8 +13,9 @@ _INDEX_NAMES = {"layer_idx", "layer_id", "layer_index", "training"}
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A list of like layers in the model. `kept` are the layers that stand for all: the first, and one more of each
-    kind; `represented[i]` is the place in `kept` of the layer that stands for layer i."""
+    """A list of like layers in the model. `kept` are the layers that stand for all: the first, the last (each has
+    another neighbour than the rest), and one of each kind in between; `represented[i]` is the place in `kept` of the
+    layer that stands for layer i."""
 
     name: str
     depth: int
@@ -39,15 +40,11 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def _stack(name: str, layers: list[nn.Module]) -> Stack:
-    kinds = [_kind(layer) for layer in layers]
-    kept = [0]
-    for kind in dict.fromkeys(kinds):
-        # the second of a kind, where there is one: a first layer can differ in ways that its kind does not show
-        places = [i for i, other in enumerate(kinds) if other == kind]
-        kept.append(places[1] if len(places) > 1 else places[0])
-    kept = sorted(set(kept))
-    of_kind = {kinds[i]: place for place, i in enumerate(kept)}
-    represented = [0, *(of_kind[kind] for kind in kinds[1:])]
+    kinds, last = [_kind(layer) for layer in layers], len(layers) - 1
+    of_kind = {kind: i for i, kind in reversed(list(enumerate(kinds))) if 0 < i < last}
+    kept = sorted({0, last, *of_kind.values()})
+    inner = (kept.index(of_kind[kind]) for kind in kinds[1:last])
+    represented = [0, *inner, len(kept) - 1]
     return Stack(name, len(layers), tuple(kept), tuple(represented))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,17 +50,27 @@ class Span:
 
 class Recorder(TorchDispatchMode):
     """Records events while it is entered. `logits_sizes` are the element counts of tensors to be booked as logits.
-    `regular` answers what model code asks about the *values* of masks: whether nothing is padded or packed."""
+    `regular` answers what model code asks about the *values* of masks: whether nothing is padded or packed.
+    `copies[n]`: how many more layers than itself layer n stands for; what it made and the head or the embedding lets go
+    of (autocast's copies of weights, say), they let go of for all of them."""
 
-    def __init__(self, *, logits_sizes: frozenset[int] = frozenset(), regular: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        logits_sizes: frozenset[int] = frozenset(),
+        regular: bool = True,
+        copies: Mapping[int, int] | None = None,
+    ) -> None:
         super().__init__()
+        self._copies = copies or {}
+        self._let_go = 0  # bytes of layers that are not there
         self.live = 0
         self.logits = 0
         self.gradients = 0
         self.spans: list[Span] = [Span("forward", -1, [Event(0, 0, 0, 0, 0)])]
         self._logits_sizes = logits_sizes
         self._regular = regular
-        self._sizes: dict[int, tuple[int, bool]] = {}
+        self._sizes: dict[int, tuple[int, bool, int]] = {}  # bytes, whether logits, more bytes elsewhere
         self._pending: tuple[Event, weakref.ref[Any], int] | None = None
         self.in_backward = False
 
@@ -68,7 +78,7 @@ class Recorder(TorchDispatchMode):
         """What follows belongs to this part of the model."""
         self._settle()
         self.gradients = 0
-        self.spans.append(Span(phase, layer, [Event(self.live, 0, self.logits, 0, 0)]))
+        self.spans.append(Span(phase, layer, [Event(self.live - self._let_go, 0, self.logits, 0, 0)]))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -86,7 +96,9 @@ class Recorder(TorchDispatchMode):
         made = sum(self._know(tensor, counted=True) for tensor in _tensors(out))
         if func is torch.ops.prim.device.default:
             return out
-        event = Event(self.live, self.gradients, self.logits, _flops(func, args, kwargs, out), 0)
+        event = Event(
+            self.live - self._let_go, self.gradients, self.logits, _flops(func, args, kwargs, out), 0
+        )
         if made or not _is_view(func):
             event.moved = made + sum(t.numel() * t.element_size() for t in given)
         self.spans[-1].events.append(event)
@@ -118,15 +130,19 @@ class Recorder(TorchDispatchMode):
             return 0
         size = storage.nbytes() if counted else 0
         is_logits = tensor.is_floating_point() and tensor.numel() in self._logits_sizes
-        self._sizes[key] = (size, is_logits)
+        span = self.spans[-1]
+        elsewhere = size * self._copies.get(span.layer, 0) if span.phase == "forward" else 0
+        self._sizes[key] = (size, is_logits, elsewhere)
         self.live += size
         self.logits += size * is_logits
         weakref.finalize(storage, self._drop, key)
         return size
 
     def _drop(self, key: int) -> None:
-        size, is_logits = self._sizes.pop(key)
+        size, is_logits, elsewhere = self._sizes.pop(key)
         self.live -= size
+        if self.spans[-1].layer < 0:
+            self._let_go += elsewhere
         self.logits -= size * is_logits
 
     def take_gradient(self, parameter: Tensor) -> None:
@@ -136,7 +152,7 @@ class Recorder(TorchDispatchMode):
         self.gradients += storage.nbytes()
         parameter.grad = None
         self._settle()
-        self.spans[-1].events.append(Event(self.live, self.gradients, self.logits, 0, 0))
+        self.spans[-1].events.append(Event(self.live - self._let_go, self.gradients, self.logits, 0, 0))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

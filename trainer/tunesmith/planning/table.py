@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -18,15 +19,39 @@ from tunesmith.planning.trace import Check
 
 _HEADS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "activations": "activat.",
           "logits": "logits", "buffers": "buffers", "gather": "gather"}  # fmt: skip
-_MEANING = {
-    "weights": "the model's weights: shard them (fsdp2, zero3)",
-    "gradients": "the gradients: shard them (zero2, fsdp2, zero3)",
-    "optimizer": "the optimizer's state: shard it (zero1, zero2, fsdp2, zero3), or take one with less",
-    "activations": "the activations: a smaller micro-batch, shorter rows, or model.gradient_checkpointing",
-    "logits": "the logits: a smaller micro-batch or shorter rows",
+_NAMES = {
+    "weights": "the weights",
+    "gradients": "the gradients",
+    "optimizer": "the optimizer's state",
+    "activations": "the activations",
+    "logits": "the logits",
     "buffers": "the communication's buffers",
     "gather": "the parameters that are whole while they are computed with",
 }
+_LESS = {
+    "weights": "fsdp2 and zero3 shard them",
+    "gradients": "zero2, fsdp2 and zero3 shard them",
+    "optimizer": "zero1, zero2, fsdp2 and zero3 shard it",
+    "activations": "less with a smaller micro-batch, shorter rows or model.gradient_checkpointing",
+    "logits": "less with a smaller micro-batch or shorter rows",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What bytes are shown in."""
+
+    name: str
+    bytes: int
+
+    def __call__(self, amount: float) -> str:
+        return f"{amount / self.bytes:,.1f} {self.name}"
+
+
+def unit_for(rows: Sequence[Row]) -> Unit:
+    """GiB, or MiB where everything is small."""
+    largest = max(row.memory.total for row in rows)
+    return Unit("GiB", GIB) if largest >= 4 * GIB else Unit("MiB", 2**20)
 
 
 def shown(rows: Sequence[Row], best: Row | None) -> list[Row]:
@@ -57,11 +82,12 @@ def show(
         f"{work.name}: {work.numel / 1e6:,.1f} M parameters, {work.trainable / 1e6:,.1f} M trained, {work.precision}, "
         f"{work.rows_per_step} rows of {work.shape.length} tokens a step on {world} device{'s' * (world > 1)}"
     )
-    table = Table(box=box.SIMPLE, title="GiB on one device, at its peak", title_justify="left")
-    for head in ("strategy", "micro-batch", "checkpointing", *_HEADS.values(), "sum", "fits", "s/step"):
+    unit = unit_for(rows)
+    table = Table(box=box.SIMPLE, title=f"{unit.name} on one device, at its peak", title_justify="left")
+    for head in ("strategy", "micro-batch", "checkpointing", *_HEADS.values(), "sum", "fits", "time/step"):
         table.add_column(head, justify="left" if head in {"strategy", "fits"} else "right")
     for row in rows if everything else shown(rows, best):
-        table.add_row(*(Text(cell) for cell in _cells(row)), style="bold" if row is best else None)
+        table.add_row(*(Text(cell) for cell in _cells(row, unit)), style="bold" if row is best else None)
     console.print(table)
     for line in conclusion(rows, best, check):
         console.print(line, markup=False)
@@ -70,49 +96,54 @@ def show(
         console.print(f"Taken: {note}.", markup=False)
 
 
-def _cells(row: Row) -> list[str]:
-    parts = [getattr(row.memory, part) / GIB for part in PARTS]
+def _cells(row: Row, unit: Unit) -> list[str]:
+    parts = [getattr(row.memory, part) / unit.bytes for part in PARTS]
     largest = max(range(len(parts)), key=parts.__getitem__)
-    amounts = [f"{amount:.2f}{'*' if i == largest else ''}" for i, amount in enumerate(parts)]
-    gap = abs(row.missing) / GIB
-    fits = f"yes, {gap:.1f} left" if row.fits else f"no, {gap:.1f} too much"
+    amounts = [f"{amount:,.2f}{'*' if i == largest else ''}" for i, amount in enumerate(parts)]
+    gap = unit(abs(row.missing))
     return [
         row.strategy,
         str(row.setup.rows),
         "yes" if row.setup.checkpointing else "no",
         *amounts,
-        f"{row.memory.total / GIB:.2f}",
-        fits,
-        f"{row.time.total:.2f}",
+        f"{row.memory.total / unit.bytes:,.2f}",
+        f"yes, {gap} left" if row.fits else f"no, {gap} too much",
+        f"{row.time.total:.2f} s" if row.time.total >= 1 else f"{row.time.total * 1e3:.1f} ms",
     ]
+
+
+def _heaviest(row: Row) -> str:
+    part = row.memory.dominating
+    sharded = part in {"weights", "gradients", "optimizer"} and row.strategy.startswith(("fsdp2", "zero3"))
+    advice = "" if sharded or part not in _LESS else f" ({_LESS[part]})"
+    return f"{_NAMES[part]}{advice}"
 
 
 def conclusion(rows: Sequence[Row], best: Row | None, check: Check | None) -> list[str]:
     """What the table says, in sentences."""
-    usable = rows[0].usable / GIB
+    unit = unit_for(rows)
     lines = [
-        f"* the largest part. usable: {usable:.1f} GiB, {USABLE:.0%} of the device's memory; the rest is for CUDA's "
-        "context, NCCL and fragmentation (a rule of thumb, not measured)."
+        f"* the largest part. Usable: {unit(rows[0].usable)}, {USABLE:.0%} of the device's memory; the rest is for "
+        "CUDA's context, NCCL and fragmentation (a rule of thumb, not measured)."
     ]
     if best is None:
         least = min(rows, key=lambda row: row.memory.total)
         lines.append(
-            f"Nothing fits. {describe(least)} needs the least, {least.memory.total / GIB:.1f} GiB at the "
-            f"{least.memory.moment}, {least.missing / GIB:.1f} too much. What weighs most is "
-            f"{_MEANING[least.memory.dominating]}; or take more devices."
+            f"Nothing fits. {describe(least)} needs the least, {unit(least.memory.total)} at the "
+            f"{least.memory.moment}, {unit(least.missing)} too much. What weighs most: {_heaviest(least)}. More "
+            "devices, a smaller model or shorter rows would help."
         )
         return lines
     lines.append(
-        f"Recommended: {describe(best)}: {best.memory.total / GIB:.1f} GiB, the peak being at the "
-        f"{best.memory.moment}; what weighs most is {_MEANING[best.memory.dominating]}."
+        f"Recommended: {describe(best)}: {unit(best.memory.total)}, the peak being at the {best.memory.moment}. What "
+        f"weighs most: {_heaviest(best)}."
     )
     lines.append(f"Why: {_reason(rows, best)}.")
     if check is not None:
         agreement = "agrees" if check.agrees else "differs by more than 10 %, so the interval is wider"
         lines.append(
-            f"Checked: the whole depth, traced at this micro-batch, needs {check.traced / GIB:.1f} GiB: "
-            f"it {agreement}. "
-            f"Expect {check.low / GIB:.1f} to {check.high / GIB:.1f} GiB."
+            f"Checked: the whole depth, traced at this micro-batch, needs {unit(check.traced)}: it {agreement}. "
+            f"Expect {unit(check.low)} to {unit(check.high)}."
         )
     return lines
 

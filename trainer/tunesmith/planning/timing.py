@@ -32,6 +32,7 @@ DEVICES = {
     "cpu": Device("CPU, 16 cores", 1e12, 1e12, 0.1e12, 10e9),
 }
 NETWORK = 50e9  # bytes/s of a device to another machine: 400 Gbit/s each
+LAUNCH = 5e-6  # seconds that a kernel costs the host, which small models wait for
 ARITHMETIC, BANDWIDTH, LINKS = 0.5, 0.8, 0.7  # the shares of those speeds that are reached
 
 
@@ -60,14 +61,15 @@ class Duration:
 
 
 def duration(workload: Workload, setup: Setup, profile: Profile, device: Device, per_node: int) -> Duration:
-    """A step of `setup`. Every part of the model takes the longer of its arithmetic and its traffic with the
-    memory, as unfused operations make it."""
+    """A step of `setup`. Every part of the model takes the longest of its arithmetic, its traffic with the memory, as
+    unfused operations make it, and the launching of its kernels."""
     speed = (device.full if workload.precision == "fp32" else device.half) * ARITHMETIC
     seconds = 0.0
     for part, _ in profile.expanded():
         table = part.at(setup.rows)
         flops, moved = float(table[:, 3].sum()), float(table[:, 4].sum())
-        seconds += max(flops / speed, moved / (device.memory * BANDWIDTH))
+        kernels = int((table[:, 4] > 0).sum())
+        seconds += max(flops / speed, moved / (device.memory * BANDWIDTH), kernels * LAUNCH)
     steps = setup.accumulation(workload)
     link = (device.link if setup.world_size <= per_node else NETWORK) * LINKS
     shards = _optimizer_shards(setup)
