@@ -153,15 +153,18 @@ class Lease:
         return found
 
     def close(self) -> None:
+        """Says farewell."""
         for machine in self.machines.values():
             self._say(machine, {"over": True}, always=True)
         for machine in self.machines.values():
             if machine.wire is not None:
                 self._selector.unregister(machine.wire.line)
                 machine.wire.close()
+                machine.wire = None
         if self._listener is not None:
             self._selector.unregister(self._listener)
             self._listener.close()
+            self._listener = None
 
     def _name(self) -> dict[str, Any]:
         return {"machine": self._cluster.machine_rank, "node": self.node}
