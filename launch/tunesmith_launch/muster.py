@@ -57,7 +57,7 @@ def muster(cluster: Cluster, wait: float, notice: float = 10.0) -> None:
     if desk is not None:
         desk.start()
     try:
-        findings = _call(address, port, me, wait)
+        findings = _call(address, port, me, wait, notice)
     finally:
         if desk is not None:
             desk.close()
@@ -68,9 +68,10 @@ def muster(cluster: Cluster, wait: float, notice: float = 10.0) -> None:
 # every machine
 
 
-def _call(address: str, port: int, me: Hello, wait: float) -> list[str]:
+def _call(address: str, port: int, me: Hello, wait: float, notice: float) -> list[str]:
     """Machine 0's verdict."""
-    end = time.monotonic() + wait
+    started, said = time.monotonic(), False
+    end = started + wait
     while True:
         try:
             with socket.create_connection((address, port), max(0.5, end - time.monotonic())) as line:
@@ -79,9 +80,13 @@ def _call(address: str, port: int, me: Hello, wait: float) -> list[str]:
                 return _read_verdict(line)
         except (ConnectionError, socket.gaierror, TimeoutError, ValueError, OSError) as error:
             reason = _reason(error)
+        what = f"machine 0 does not answer at {address}:{port} ({reason})"
+        told = _line(me, what, _unreached(address, me))
         if time.monotonic() >= end:
-            where = f"{address}:{port}"
-            return [_line(me, f"machine 0 does not answer at {where} ({reason})", _unreached(address, me))]
+            return [told]
+        if time.monotonic() >= started + notice and not said:
+            said = True
+            print(f"waiting: {told}", file=sys.stderr, flush=True)
         time.sleep(_AGAIN)
 
 
@@ -185,14 +190,11 @@ class _Desk(threading.Thread):
             elif not absent:
                 return []
             elif now - started > self._wait:
-                return [
-                    f"✗ machine {number}: did not come within {now - started:.0f} s → start tunesmith there with "
-                    f"--machine-rank {number} and the same address and port; see its output where it runs"
-                    for number in absent
-                ]
+                return _absent(absent, now - started)
             elif now - started > self._notice and not said:
                 said = True
-                print(f"waiting for machine {', '.join(map(str, absent))}", file=sys.stderr, flush=True)
+                for one in _absent(absent, now - started):
+                    print(f"waiting: {one}", file=sys.stderr, flush=True)
         return []
 
     def _accept(self) -> None:
@@ -207,6 +209,14 @@ class _Desk(threading.Thread):
             self._callers.append(_Caller(line, Hello(**json.loads(text))))
         except (OSError, ValueError, TypeError):
             line.close()  # a stranger
+
+
+def _absent(machines: Sequence[int], seconds: float) -> list[str]:
+    return [
+        f"✗ machine {number}: did not come within {seconds:.0f} s → start tunesmith there with --machine-rank {number} "
+        "and the same address and port; see its output where it runs"
+        for number in machines
+    ]
 
 
 def disagreements(first: Hello, hellos: Sequence[Hello]) -> list[str]:

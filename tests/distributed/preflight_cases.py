@@ -244,7 +244,13 @@ FITNESS = [
         0,
     ),
     Case("few open files", ranks(shell={1: "ulimit -n 200"}), B, "may open 200 files", "ulimit -n"),
-    Case("few processes", ranks(shell={1: "ulimit -u 40"}), B, "may have 40 processes", "ulimit -u"),
+    Case(
+        "few processes",
+        ranks(shell={1: "prlimit --nproc=40 --pid $$"}),
+        B,
+        "may have 40 processes",
+        "ulimit -u",
+    ),
     Case(
         "InfiniBand without locked memory",
         ranks(shell={1: "ulimit -l 64"}, patch={1: "Probe.has_infiniband = lambda s: True"}),
@@ -280,7 +286,7 @@ FOLDER = [
         "an output folder elsewhere",
         ranks(more=dict.fromkeys((0, 1), ("output_dir=out",))),
         B,
-        "is not the folder that rank 0 sees",
+        "/nodeb/out is not the folder that rank 0 sees",
         "mount the same file system",
     ),
     Case(
@@ -366,15 +372,16 @@ NETWORK = [
     Case(
         "a sum that is wrong",
         ranks(
+            3,
             patch={
                 1: (
                     "import tunesmith.preflight.collectives as c\nk = c.known_values\n"
                     "c.known_values = lambda r, d, v: k(r, d, v) + (r == 1)"
                 )
-            }
+            },
         ),
-        "node. ",
-        "all-reduce of known .* wrong sums",
+        B,
+        "rank 1 sends other values .* wrong sums",
         "leave the node out",
     ),
     Case(

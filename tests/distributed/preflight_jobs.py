@@ -78,8 +78,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`named`: a line has node and fact; `fixed`: and the fix; `codes` are those of the processes."""
+    """`named`: a line has node and fact; `fixed`: and the fix; `told`: seconds until that line was there; `codes` are
+    those of the processes, `seconds` those until all had ended."""
 
+    told: float | None
     seconds: float
     codes: tuple[int | None, ...]
     output: str
@@ -152,15 +154,14 @@ def run_case(case: Case, nodes: Nodes) -> Result:
         for number, start in enumerate(case.starts):
             with (folder / f"{number}.out").open("w", encoding="utf-8") as out:
                 jobs.append(_start(nodes, folder, start, len(case.starts), port, out))
-        codes = _wait(jobs, started + LIMIT)
+        told = _wait(jobs, case, folder, started)
         seconds = time.monotonic() - started
-        output = "\n".join(
-            (folder / f"{number}.out").read_text(encoding="utf-8") for number in range(len(jobs))
-        ).replace("{folder}", place)
+        codes = _end(jobs)
+        output = _output(folder)
     named = [line for line in output.splitlines() if re.search(f"{case.node}.*{case.fact}", line)]
     fixed = [line for line in named if re.search(f"{case.node}.*{case.fact}.* → .*{case.fix}", line)]
     line = (fixed or named or [""])[0]
-    return Result(seconds, codes, output, line, bool(named and case.fact), bool(fixed and case.fix))
+    return Result(told, seconds, codes, output, line, bool(named and case.fact), bool(fixed and case.fix))
 
 
 @contextmanager
@@ -201,11 +202,24 @@ def _start(
     return nodes.start(nodes[start.node], command, env, base, stdout=out, stderr=subprocess.STDOUT)  # type: ignore[arg-type]
 
 
-def _wait(jobs: Sequence[subprocess.Popen[str]], end: float) -> tuple[int | None, ...]:
-    for job in jobs:
-        with suppress(subprocess.TimeoutExpired):
-            job.wait(max(0.0, end - time.monotonic()))
-    codes = tuple(job.returncode for job in jobs)
+def _output(folder: Path) -> str:
+    return "\n".join(file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.out")))
+
+
+def _wait(jobs: Sequence[subprocess.Popen[str]], case: Case, folder: Path, started: float) -> float | None:
+    """Until all have ended; when the line that names the fault with its fix was first there."""
+    told = None
+    while True:
+        ended = all(job.poll() is not None for job in jobs)
+        if told is None and re.search(f"{case.node}.*{case.fact}.* → .*{case.fix}", _output(folder)):
+            told = time.monotonic() - started
+        if ended or time.monotonic() > started + LIMIT:
+            return told
+        time.sleep(0.1)
+
+
+def _end(jobs: Sequence[subprocess.Popen[str]]) -> tuple[int | None, ...]:
+    codes = tuple(job.poll() for job in jobs)
     for job in jobs:
         with suppress(ProcessLookupError):  # also what a case has put beside it
             os.killpg(job.pid, signal.SIGKILL)

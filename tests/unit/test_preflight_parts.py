@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from safetensors.torch import save_file
 
 from tests.support import tiny_recipe
 from tunesmith.errors import MachineError
-from tunesmith.preflight.collectives import known_sum, known_values
+from tunesmith.preflight.collectives import judge_heard, known_sum, known_values
+from tunesmith.preflight.compare import Roll
 from tunesmith.preflight.content import code_digests, data_digests, digest_file, model_digests, recipe_values
-from tunesmith.preflight.facts import compared, network
+from tunesmith.preflight.facts import Claim, compared, network
 from tunesmith.preflight.folder import room, try_folder
 from tunesmith.preflight.links import Link, best, link_findings, schedule, send, slow_links, summary
 from tunesmith.preflight.probe import Interface, Probe
@@ -263,6 +265,19 @@ def test_known_values_sum_to_what_is_known() -> None:
                 (known_values(rank, dtype, cpu) for rank in range(world)), torch.zeros(1, dtype=dtype)
             )
             assert torch.equal(total, known_sum(world, dtype, cpu))
+
+
+def test_who_is_to_blame_for_a_wrong_sum() -> None:
+    claims = tuple(Claim(str(rank), rank, 0, 3, 1, rank, f"n{rank}", "p") for rank in range(3))
+    meeting = SimpleNamespace(roll=Roll(claims, (), ()))
+
+    def blamed(values: dict[int, list[int]]) -> list[str]:
+        return [f"{one.node} {one.what}"[:26] for one in judge_heard(meeting, values)]  # type: ignore[arg-type]
+
+    assert blamed({0: [], 1: [], 2: []}) == []
+    assert blamed({0: [1], 1: [], 2: [1]}) == ["n1 (machine 1) rank 1 send"]
+    assert blamed({0: [1], 1: [1], 2: [1]}) == ["n1 (machine 1) rank 1 send"]
+    assert blamed({0: [1], 1: [], 2: []}) == ["n0 (machine 0) rank 0 rece"]
 
 
 # the muster of machines

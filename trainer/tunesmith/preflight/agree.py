@@ -40,7 +40,7 @@ class Preflight:
         self.slow: Level = slow
         who = claim(self.probe, new_uid())
         self.meeting = Meeting(
-            open_store(self.probe, node_name(who), patience.limit), who, patience, self.probe
+            open_store(self.probe, node_name(who), patience.limit, patience.notice), who, patience, self.probe
         )
         self.findings: list[Finding] = []
         self.facts: dict[str, Any] = {}
@@ -62,6 +62,8 @@ class Preflight:
         own = gather(recipe, base, self.meeting.claim, self.probe)
         said = own.to_json() | {"clock": clock}
         self.findings += self.meeting.decide("facts", said, self._compare)
+        if self.meeting.broken:
+            return
         self.findings += prove(self.meeting, Path(resolved.output_dir), resolved, base)
         if self.meeting.several and not self.failed:
             network = own.network

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,8 @@ from tunesmith.preflight.findings import Finding, error
 _LENGTH = 1 << 16
 _PERIOD = 251  # values repeat with a prime period, so that shifted blocks differ
 _SECONDS = 30.0
+_BLAMED = 64
+_FAULTY = "its device, network card, memory or NCCL is faulty: leave the node out, and see dmesg and NCCL_DEBUG=INFO"
 
 
 def known_values(rank: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -30,8 +33,41 @@ def known_sum(world_size: int, dtype: torch.dtype, device: torch.device) -> torc
 
 
 def check_sums(meeting: Meeting, device: torch.device) -> list[Finding]:
-    """The same findings on every rank. A rank that does not come to the reduction ends it after half a minute."""
-    return meeting.decide("sums", _wrong(meeting, device), lambda values: judge_sums(meeting, values))
+    """The same findings on every rank. A rank that does not come to the reduction ends it after half a minute. A
+    wrong sum is wrong on every rank: whose part it was shows when each sends its own to all."""
+    found = meeting.decide("sums", _wrong(meeting, device), lambda values: judge_sums(meeting, values))
+    if not any("wrong sums" in one.what for one in found):
+        return found
+    blamed = meeting.decide("blame", _misheard(meeting, device), lambda values: judge_heard(meeting, values))
+    return blamed or found
+
+
+def _misheard(meeting: Meeting, device: torch.device) -> list[int]:
+    """The ranks (of the first 64) whose known values came here as others."""
+    wrong: list[int] = []
+    for rank in range(min(meeting.claim.world_size, _BLAMED)):
+        values = known_values(meeting.claim.rank, torch.int64, device)
+        try:
+            work: Any = dist.broadcast(values, src=rank, async_op=True)
+            work.wait(timedelta(seconds=_SECONDS))
+        except RuntimeError:
+            break  # the sums are wrong already, and told
+        if not torch.equal(values, known_values(rank, torch.int64, device)):
+            wrong.append(rank)
+    return wrong
+
+
+def judge_heard(meeting: Meeting, values: Mapping[int, Sequence[int]]) -> list[Finding]:
+    """A sender whom most others hear wrongly; else each who hears wrongly. `values`: by rank, whom it hears so."""
+    assert meeting.roll is not None
+    nodes = {claim.rank: node_name(claim) for claim in meeting.roll.claims}
+    heard = Counter(sender for rank, senders in values.items() for sender in senders if sender != rank)
+    guilty = [rank for rank, times in sorted(heard.items()) if 2 * times > len(values) - 1]
+    if guilty:
+        what = "sends other values than it should: an all-reduce of known values gave wrong sums"
+        return [error(nodes[rank], f"rank {rank} {what}", _FAULTY) for rank in guilty]
+    what = "receives other values than were sent: an all-reduce of known values gave wrong sums"
+    return [error(nodes[rank], f"rank {rank} {what}", _FAULTY) for rank in sorted(values) if values[rank]]
 
 
 def _wrong(meeting: Meeting, device: torch.device) -> str:
@@ -54,5 +90,6 @@ def _wrong(meeting: Meeting, device: torch.device) -> str:
 def judge_sums(meeting: Meeting, values: Mapping[int, str]) -> list[Finding]:
     assert meeting.roll is not None
     nodes = {claim.rank: node_name(claim) for claim in meeting.roll.claims}
-    fix = "its device, network card, memory or NCCL is faulty: leave the node out, and see dmesg and NCCL_DEBUG=INFO"
-    return [error(nodes[rank], f"rank {rank}: {what}", fix) for rank, what in sorted(values.items()) if what]
+    return [
+        error(nodes[rank], f"rank {rank}: {what}", _FAULTY) for rank, what in sorted(values.items()) if what
+    ]

@@ -38,6 +38,7 @@ class Meeting:
         self.store, self.claim, self.patience, self.probe = store, claim, patience, probe
         self.node = node_name(claim)
         self.roll: Roll | None = None
+        self.broken = False  # a rank has fallen silent: nothing more can be decided
         self.several = False  # whether the ranks need a network: no one loopback reaches them all
         # many ranks ask one store: the more, the more rarely
         self._poll = min(0.5, 0.02 + claim.world_size / 2000)
@@ -143,6 +144,7 @@ class Meeting:
         while not self.store.check(keys):
             waited = time.monotonic() - started
             if waited > self.patience.limit:
+                self.broken = True
                 return self._silent(name, asked, waited)
             if waited > self.patience.notice and not said:
                 said = True
@@ -172,13 +174,14 @@ class Meeting:
         if self.is_first:
             limit = self.patience.limit + _LATER
             found = self._bounded(judge, limit)
-            text = json.dumps([one.to_json() for one in found])
+            text = json.dumps({"broken": self.broken, "findings": [one.to_json() for one in found]})
             # two processes may believe that they are rank 0: the first word counts
             text = self._bounded(lambda: self.store.compare_set(key, "", text)).decode()
             values = json.loads(text)
         else:
             values = self.hear(key, self.patience.limit + 2 * _LATER)
-        return [from_json(one) for one in values]
+        self.broken = values["broken"]
+        return [from_json(one) for one in values["findings"]]
 
     def part(self) -> None:
         """Before an end with an error: rank 0, whose process may hold the store, waits until the others have read

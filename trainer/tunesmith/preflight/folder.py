@@ -35,7 +35,7 @@ def prove(meeting: Meeting, folder: Path, recipe: Recipe, base: Path) -> list[Fi
     if not meeting.is_first:
         told = meeting.hear("folder/trial")
         said: dict[str, Any] = {} if told is None else try_folder(folder, told["name"], told["nonce"])
-        said["disk"] = meeting.probe.disk(folder)
+        said |= {"folder": str(folder), "disk": meeting.probe.disk(folder)}
         return meeting.decide("folder", said, lambda _: [], _leaders)
     with _made(folder) as fault:
         name, nonce = f".tunesmith-preflight-{secrets.token_hex(6)}", secrets.token_hex(16)
@@ -43,7 +43,7 @@ def prove(meeting: Meeting, folder: Path, recipe: Recipe, base: Path) -> list[Fi
         meeting.tell("folder/trial", None if "fault" in said else {"name": name, "nonce": nonce})
         if "fault" not in said:
             said = try_folder(folder, name, nonce)
-        said["disk"] = meeting.probe.disk(folder)
+        said |= {"folder": str(folder), "disk": meeting.probe.disk(folder)}
         needed = room(recipe, base)
         try:
             return meeting.decide(
@@ -129,7 +129,7 @@ def _judge(
     for claim in meeting.leaders():
         said, node = values[claim.rank], node_name(claim)
         if said.get("shared") is False:
-            what = f"{folder} is not the folder that rank 0 sees: what rank 0 wrote is not there"
+            what = f"{said['folder']} is not the folder that rank 0 sees: what rank 0 wrote is not there"
             found.append(error(node, what, _SHARE))
         elif "fault" in said:
             fix = "free space there, get the right to write, or set output_dir to another folder"

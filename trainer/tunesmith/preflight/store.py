@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -52,11 +53,11 @@ def bounded(work: Callable[[], T], seconds: float, late: Callable[[], Exception]
     return done[0]
 
 
-def open_store(probe: Probe, node: str, wait: float) -> Store:
+def open_store(probe: Probe, node: str, wait: float, notice: float) -> Store:
     """The store of this run, under a prefix of ours. It is the one that `init_process_group` uses later: the agent's
     where torchrun or accelerate has one, else rank 0's own, which a second TCPStore of this process shares
-    (`multi_tenant`), so the returned object is kept until the run ends. Waits `wait` seconds for rank 0. Raises
-    MachineError that names `node`, and UserError for an environment that no launcher has made."""
+    (`multi_tenant`), so the returned object is kept until the run ends. Waits `wait` seconds for rank 0, and says so
+    after `notice`. Raises MachineError that names `node`, and UserError for an environment that no launcher made."""
     import torch.distributed as dist
 
     stores: Any = dist  # torch exports its stores without types
@@ -66,7 +67,7 @@ def open_store(probe: Probe, node: str, wait: float) -> Store:
     hosts = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"{address}:{port}"
     if not hosts:
-        _reach(node, address, port, wait, probe)
+        _reach(node, address, port, wait, notice, probe)
 
     def connect() -> Any:
         # not by `rendezvous`: that waits on rank 0 for every rank, and cannot say which one is missing
@@ -116,9 +117,10 @@ def _endpoint(environ: Mapping[str, str]) -> tuple[str, int, int, int]:
     )
 
 
-def _reach(node: str, address: str, port: int, wait: float, probe: Probe) -> None:
+def _reach(node: str, address: str, port: int, wait: float, notice: float, probe: Probe) -> None:
     """Until something accepts connections there. The TCPStore's own attempts fill the screen."""
-    end = time.monotonic() + wait
+    started, said = time.monotonic(), False
+    end = started + wait
     while True:
         if not probe.addresses(address):
             reason = "the name has no address on this node"
@@ -130,8 +132,12 @@ def _reach(node: str, address: str, port: int, wait: float, probe: Probe) -> Non
             except OSError as error:
                 reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
                 fix = "is machine 0 started, is this its address, and does its firewall let the port through?"
+        line = f"✗ {node}: rank 0 is not reached at {address}:{port} ({reason}) → {fix}"
         if time.monotonic() >= end:
-            raise MachineError(f"✗ {node}: rank 0 is not reached at {address}:{port} ({reason}) → {fix}")
+            raise MachineError(line)
+        if time.monotonic() >= started + notice and not said:
+            said = True
+            print(f"waiting: {line}", file=sys.stderr, flush=True)
         time.sleep(0.2)
 
 
