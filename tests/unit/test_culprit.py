@@ -132,6 +132,7 @@ def test_a_step_that_was_left_out_is_noticed_at_the_next_save() -> None:
         [*A_STEP * 6, COUNTS],
         [*A_STEP * 6, "all_gather of 1 Long", "all_reduce of 9 Double"],  # the first evaluation
         [*A_STEP * 3, "all_gather of 1 Long", *A_STEP * 3, "all_gather of 1 Long"],  # the second
+        [*[COUNTS, GRADIENT, GRADIENT, PARTS, STEP] * 5, COUNTS, GRADIENT],  # two buckets alike
         [*A_STEP, COUNTS, "broadcast of 22 Int", GRADIENT, PARTS, STEP, *A_STEP * 3],  # DDP's second step
         [*A_STEP, COUNTS, "broadcast of 22 Int", GRADIENT, PARTS, STEP, COUNTS, GRADIENT],
         [COUNTS, GRADIENT],

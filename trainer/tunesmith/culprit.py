@@ -229,8 +229,8 @@ def missing(recent: Sequence[Collective]) -> tuple[Collective, Collective] | Non
     until something else is called.
 
     What was due is what followed twice at least on the longest passage equal to the one before the place. It was
-    left out where the history goes on as that passage did a little later; where it comes back to what was due,
-    something was put in between (an evaluation, a save)."""
+    left out where the history goes on as that passage did a little later; else something was put in between (an
+    evaluation, a save)."""
     ops = [c.op for c in recent]
     marks = [i for i, op in enumerate(ops) if op == STEP]
     begun = marks[-1] + 1 if marks else 0
@@ -245,9 +245,8 @@ def missing(recent: Sequence[Collective]) -> tuple[Collective, Collective] | Non
         after = ops[at : at + 3]
         end = next((i for i in range(then, at) if ops[i] == STEP), at)
         left_out = any(ops[i : i + len(after)] == after for i in range(then + 1, end + 1))
-        put_in = any(ops[i : i + 2] == ops[then : then + 2] for i in range(at + 1, len(ops)))
         called = next((c for c in recent[at:] if c.op != STEP), None)
-        if left_out and (ops[at] == STEP or not put_in) and called is not None:
+        if left_out and called is not None:
             return called, Collective(called.group, called.sequence, ops[then])
     return None
 
