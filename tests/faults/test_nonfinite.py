@@ -41,9 +41,15 @@ def poisoned_recipe(folder: Path) -> Recipe:
     )
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_run_stops_and_names_the_sample(tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "strategy"), [(1, "auto"), (2, "ddp"), (2, "zero2"), (2, "zero3"), (2, "fsdp2")]
+)
+def test_the_run_stops_and_names_the_sample(tmp_path: Path, processes: int, strategy: str) -> None:
     recipe = poisoned_recipe(tmp_path)
+    recipe = Recipe.model_validate(
+        recipe.model_dump(exclude={"evaluation", "checkpoint"})
+        | {"parallel": {"strategy": strategy}, "checkpoint": {"save_steps": 3}}
+    )
     stopped = launch(recipe, processes=processes)
     about = json.loads((run_dir(recipe) / "exit.json").read_text(encoding="utf-8"))
     assert about["code"] == 4

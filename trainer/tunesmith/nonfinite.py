@@ -7,6 +7,7 @@ import torch
 
 from tunesmith.data.stream import Stream
 from tunesmith.engine import Engine
+from tunesmith.engine.base import Rehearsal
 from tunesmith.step import seed_generators
 
 
@@ -20,26 +21,32 @@ def explain_nonfinite(engine: Engine, stream: Stream, step: int, seed: int) -> s
         for sequence in ranks[engine.data_rank]
         for row in sequence
     ]
-    forwards = max(engine.gather(len(own)))
     ones = torch.ones(len(stream.objective.terms), device=engine.device)
-    found: list[str] = []
-    for i in range(forwards):
+    found: list[tuple[bool, str]] = []
+    for i in range(max(engine.gather(len(own)))):
         micro_step, row = own[i] if i < len(own) else (0, None)
-        batch = stream.batch([] if row is None else [[row]], epoch, int(window[0]))
-        seed_generators(seed, step, micro_step, engine.data_rank)
-        engine.optimizer.zero_grad(set_to_none=True)
-        with engine.accumulate(last=False):
-            loss = engine.forward(batch, "loss", ones)
-            engine.backward(loss.total)
+
+        def rehearse(row: int | None, micro_step: int = micro_step) -> Rehearsal:
+            batch = stream.batch([] if row is None else [[row]], epoch, int(window[0]))
+            seed_generators(seed, step, micro_step, engine.data_rank)
+            return engine.rehearse(batch, ones)
+
+        rehearsal = rehearse(row)
+        if rehearsal.reduced and not rehearsal.finite:
+            # the ranks' gradients are one: each rank's row again, beside the others' fillers
+            for rank in range(engine.data_size):
+                alone = rehearse(row if rank == engine.data_rank else None)
+                rehearsal = alone if rank == engine.data_rank else rehearsal
         if row is None:
             continue
         place = stream.dataset.place(row)
-        if not torch.isfinite(loss.total):
-            found.append(f"{place} (rank {engine.rank}): its loss is {float(loss.total)}")
-        elif not engine.local_gradients_finite():
-            found.append(f"{place} (rank {engine.rank}): its gradient is not finite")
-    engine.optimizer.zero_grad(set_to_none=True)
-    everywhere = [text for part in engine.gather(found) for text in part]
+        if not torch.isfinite(rehearsal.loss):
+            found.append((True, f"{place} (rank {engine.rank}): its loss is {float(rehearsal.loss)}"))
+        elif not rehearsal.finite:
+            found.append((False, f"{place} (rank {engine.rank}): its gradient is not finite"))
+    told = [row for part in engine.gather(found) for row in part]
+    # beside a row whose loss is bad, a gradient may be so only for that row's sake: fillers are made of a row too
+    everywhere = [text for bad_loss, text in told if bad_loss] or [text for _, text in told]
     if everywhere:
         more = f" (and {len(everywhere) - 1} more rows of the step)" if len(everywhere) > 1 else ""
         return f"the sample at {everywhere[0]}{more}"

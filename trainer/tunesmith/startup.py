@@ -26,7 +26,7 @@ def probe(engine: Engine, stream: Stream) -> dict[str, float | int | list[str]]:
     batch = stream.batch(cell, 0, longest)
     ones = torch.ones(len(engine.train_module.objective.terms), device=engine.device)
     try:
-        loss, unused = engine.rehearse(batch, ones)
+        rehearsal = engine.rehearse(batch, ones)
     except torch.OutOfMemoryError:
         raise MachineError(
             f"the longest batch ({len(cell)} × {_width(batch)} tokens) does not fit into the memory of "
@@ -37,12 +37,13 @@ def probe(engine: Engine, stream: Stream) -> dict[str, float | int | list[str]]:
         if (told := explain_break(error)) is None:
             raise
         raise UserError(told) from error
-    engine.train_module.untouched = tuple(unused)
-    if not torch.isfinite(loss):
+    engine.leave_unused(rehearsal.unused)
+    if not torch.isfinite(rehearsal.loss):
         raise TrainingStopped(
-            f"the loss of the longest row ({stream.dataset.place(longest)}) is {float(loss)} before any training"
+            f"the loss of the longest row ({stream.dataset.place(longest)}) is {float(rehearsal.loss)} before any "
+            "training"
         )
-    return {"longest_row_tokens": _width(batch), "unused_parameters": unused}
+    return {"longest_row_tokens": _width(batch), "unused_parameters": rehearsal.unused}
 
 
 def check_packing(stream: Stream, engine: Engine) -> float:

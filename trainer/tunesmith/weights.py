@@ -5,7 +5,7 @@ engine the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -59,7 +59,7 @@ class Source:
             parameter.data.fill_(torch.nan)
         model.initialize_weights()
         model.tie_weights()
-        refuse_undrawn(model)
+        refuse_undrawn(model, dict(model.named_parameters()))
         return model
 
     def empty(self) -> Any:
@@ -103,7 +103,7 @@ class Source:
             _draw(model, model._initialize_weights)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(info)
-        refuse_undrawn(model)
+        refuse_undrawn(model, missing)
         return {
             "missing_keys": missing & set(info.missing_keys),
             "unexpected_keys": unexpected & set(info.unexpected_keys),
@@ -185,9 +185,11 @@ def place_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(offsets), tuple(sizes)
 
 
-def refuse_undrawn(model: nn.Module) -> None:
+def refuse_undrawn(model: nn.Module, drawn: Collection[str]) -> None:
     """A model class whose own initialisation leaves a weight out would train on whatever stood in the memory."""
     for name, parameter in model.named_parameters():
+        if name not in drawn:
+            continue
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if local.numel() and bool(torch.isnan(local.flatten()[0])):
             raise UserError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,17 @@ from tunesmith.recipe.optim import Optim
 
 Fill = Callable[[torch.device], None]
 """Gives weights to a model that was built without; does nothing to one that has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a forward and backward showed. `unused`: trainable parameters that the loss does not depend on. `finite`:
+    whether the gradient was; where `reduced`, that of all ranks together, else this rank's own."""
+
+    loss: Tensor
+    unused: list[str]
+    finite: bool
+    reduced: bool
 
 
 class Engine(Protocol):
@@ -46,9 +58,13 @@ class Engine(Protocol):
         says."""
         ...
 
-    def rehearse(self, batch: Batch, normalizers: Tensor) -> tuple[Tensor, list[str]]:
-        """One forward and backward whose gradients are dropped: (its loss, the names of the trainable parameters
-        that it did not use). No weight changes. Called by all ranks with a batch of one shape."""
+    def rehearse(self, batch: Batch, normalizers: Tensor) -> Rehearsal:
+        """One forward and backward whose gradients are dropped; no weight changes. Called by all ranks."""
+        ...
+
+    def leave_unused(self, names: Sequence[str]) -> None:
+        """Tells of the trainable parameters that the loss does not depend on: on every engine their gradient is
+        zero, so that a weight decay shrinks them everywhere alike."""
         ...
 
     def forward(self, batch: Batch, mode: str, normalizers: Tensor | None = None, **options: Any) -> Any:
@@ -90,10 +106,6 @@ class Engine(Protocol):
     def wait_for_all(self, name: str) -> None:
         """Waits until every rank has come here, however long it takes: no collective, so no time-out. For work
         that one process of a machine does while the others wait. A name is used once."""
-        ...
-
-    def local_gradients_finite(self) -> bool:
-        """Whether the gradients that this rank holds are finite."""
         ...
 
     def weights(self) -> State:

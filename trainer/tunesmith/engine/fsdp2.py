@@ -4,6 +4,7 @@ whole layers exist only while they are computed."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -23,13 +24,13 @@ from torch.distributed.tensor import DTensor
 from tunesmith import optim
 from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Piece, Saved, State
-from tunesmith.engine.base import Fill
+from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.engine.layers import transformer_layers
 from tunesmith.engine.ranks import RankedEngine
 from tunesmith.engine.tensor_parallel import split_layers
 from tunesmith.errors import UserError
 from tunesmith.gradients import local_square_sum
-from tunesmith.module import TrainModule
+from tunesmith.module import Loss, TrainModule
 from tunesmith.recipe.optim import Optim
 from tunesmith.recipe.parallel import FSDP2
 from tunesmith.weights import place_of
@@ -58,6 +59,7 @@ class FSDP2Engine(RankedEngine):
         dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
         self._take_places(device)
         self.settings = settings
+        self._unused: tuple[str, ...] = ()
         self._split = 0  # parameters that tensor parallelism cuts
         self.mesh, self.tensor_mesh = _mesh(device_type, self.world_size, settings)
         tensor_size = settings.tensor_parallel_size
@@ -76,6 +78,9 @@ class FSDP2Engine(RankedEngine):
         fill(device)
         # tells fully_shard of the weights that stand there now: it pads uneven slices, in memory of its own
         module.to(device)
+        for part in module.modules():  # buffers are computed with, wherever the shards are
+            for name, buffer in list(part.named_buffers(recurse=False)):
+                setattr(part, name, buffer.to(self.device))
         self._agreed(self._fault)
         # views of the shards' memory: where the optimizer writes is what the next gather reads
         self._locals = {
@@ -167,12 +172,22 @@ class FSDP2Engine(RankedEngine):
         device = torch.device("cpu") if self.settings.offload else self.device
         for name, _, gradient in self._gradients():
             self._locals[name].grad = gradient
+        for name in self._unused:
+            self._locals[name].grad = torch.zeros_like(self._locals[name])
         optim.step(self.optimizer, coefficient.to(device), skip.to(device))
         self.optimizer.zero_grad(set_to_none=True)
         self.train_module.zero_grad(set_to_none=True)
 
-    def local_gradients_finite(self) -> bool:
-        return all(bool(torch.isfinite(gradient).all()) for _, _, gradient in self._gradients())
+    def rehearse(self, batch: Batch, normalizers: Tensor) -> Rehearsal:
+        loss: Loss = self.forward(batch, "loss", normalizers)
+        loss.total.backward()
+        present = {name for name, _, _ in self._gradients()}
+        finite = bool(torch.isfinite(self.gradient_square_sum()))
+        self.train_module.zero_grad(set_to_none=True)
+        return Rehearsal(loss.total.detach(), sorted(set(self._locals) - present), finite, reduced=True)
+
+    def leave_unused(self, names: Sequence[str]) -> None:
+        self._unused = tuple(names)
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return dict(self.train_module.model.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tunesmith import optim
 from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Saved, State
-from tunesmith.engine.base import Fill
+from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.gradients import local_square_sum
 from tunesmith.module import Loss, TrainModule
 from tunesmith.recipe.optim import Optim
@@ -61,18 +62,20 @@ class SingleEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def rehearse(self, batch: Batch, normalizers: Tensor) -> tuple[Tensor, list[str]]:
+    def rehearse(self, batch: Batch, normalizers: Tensor) -> Rehearsal:
         # on the module itself: DDP would wait for the gradients of the parameters that are not used
         loss: Loss = self.train_module(batch.to(self.device), "loss", normalizers)
         loss.total.backward()
         trained = [(name, p) for name, p in self.train_module.named_parameters() if p.requires_grad]
         unused = [name for name, p in trained if p.grad is None]
+        gradients = [p.grad for _, p in trained if p.grad is not None]
+        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
         self.train_module.zero_grad(set_to_none=True)
-        return loss.total.detach(), unused
+        return Rehearsal(loss.total.detach(), unused, finite, reduced=False)
 
-    def local_gradients_finite(self) -> bool:
-        gradients = (p.grad for p in self.train_module.parameters())
-        return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
+    def leave_unused(self, names: Sequence[str]) -> None:
+        # DDP waits for the gradient of every parameter: the module gives these a zero one
+        self.train_module.untouched = tuple(names)
 
     def gradient_square_sum(self) -> Tensor:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]

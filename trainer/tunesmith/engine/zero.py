@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from datetime import timedelta
 from io import StringIO
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tunesmith import optim
 from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Piece, Saved, State
-from tunesmith.engine.base import Fill
+from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.engine.ranks import RankedEngine
 from tunesmith.engine.zero_slices import Slice, slices
 from tunesmith.errors import MissingExtra
@@ -77,7 +78,7 @@ class ZeroEngine(RankedEngine):
         self._named = dict(module.named_parameters())
         self._engine: Any = self.accelerator.prepare(module, self.optimizer)[0]
         self.module = cast(nn.Module, self._engine)
-        self._zero: Any = self._engine.optimizer
+        self._zero: Any = getattr(self._engine, "optimizer", None)
         self._agreed(self._fault)
 
     def _fault(self) -> str | None:
@@ -121,15 +122,20 @@ class ZeroEngine(RankedEngine):
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def rehearse(self, batch: Batch, normalizers: Tensor) -> tuple[Tensor, list[str]]:
+    def rehearse(self, batch: Batch, normalizers: Tensor) -> Rehearsal:
         # a whole step, suppressed: DeepSpeed's buckets are left as between two steps
         with self.accumulate(last=True):
             loss: Loss = self.forward(batch, "loss", normalizers)
             used = _reached(loss.total)
             self.backward(loss.total)
-        self.step(torch.ones((), device=self.device), torch.ones((), device=self.device))
+        finite = bool(torch.isfinite(self.gradient_square_sum()))
+        one = torch.ones((), device=self.device)
+        self.step(one, skip=one)
         unused = [name for name, p in self._named.items() if p.requires_grad and id(p) not in used]
-        return loss.total.detach(), unused
+        return Rehearsal(loss.total.detach(), unused, finite, reduced=True)
+
+    def leave_unused(self, names: Sequence[str]) -> None:
+        pass  # DeepSpeed fills its flat gradients with zeros
 
     def _gradients(self) -> list[Tensor]:
         """This rank's reduced slices, after the last backward of a window."""
@@ -150,9 +156,6 @@ class ZeroEngine(RankedEngine):
         device = torch.device("cpu") if self.settings.offload_optimizer else self.device
         with optim.scaled(self.optimizer, coefficient.to(device), skip.to(device)):
             self._engine.step()
-
-    def local_gradients_finite(self) -> bool:
-        return all(bool(torch.isfinite(gradient).all()) for gradient in self._gradients())
 
     # state
 
