@@ -78,11 +78,11 @@ def test_of_several_behind_the_one_that_waits_for_nobody() -> None:
 
 
 def test_a_rank_outside_the_group_is_not_behind_it() -> None:
-    others = Beat(12, Collective("pair", 9, PARTS), 10.0, {"0": 5, "pair": 9})
-    found = named(
-        rank(0, others), rank(1, Beat(12, None, 0, {"0": 5, "pair": 8})), rank(2, Beat(12, None, 0, {"0": 5}))
-    )
-    assert found.rank == 1
+    waiting = Beat(12, Collective("pair", 9, PARTS), 10.0, {"0": 5, "pair": 9})
+    outside, late = reached(5), Beat(12, None, 0, {"0": 5, "pair": 8})
+    found = named(rank(0, waiting), rank(1, outside), rank(2, late))
+    assert found.rank == 2
+    assert "others" not in found.reason
 
 
 def test_a_machine_that_is_silent() -> None:
