@@ -215,13 +215,13 @@ def _buckets(case: Case) -> Iterator[None]:
         module._BUCKET = before
 
 
-def _run(case: Case, engine: Any) -> None:
+def _run(case: Case, engine: Any, built: tuple[Any, Any, Any] | None) -> None:
     import torch
 
     from tunesmith.loss_scale import LossScale
     from tunesmith.step import train_step
 
-    module, fill, task = _build(case, engine)
+    module, fill, task = built or _build(case, engine)
     config = module.model.config
     with _buckets(case):
         engine.prepare(module, fill, case.recipe().optim)
@@ -259,18 +259,28 @@ def measure(case: Case, *, keep_events: bool = False) -> tuple[int, list[tuple[i
         if engine.device.type != "cpu":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            _run(case, engine)
+            _run(case, engine, None)
             return torch.cuda.max_memory_allocated() - before, []
         _count_in_all_threads()
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profile:
-            _run(case, engine)
+        with _profile() as start:
+            torch.empty(1)
+        # quantising here takes more than the trainer's loading will: it comes before what is measured
+        built = _build(case, engine) if case.nf4 else None
+        with _profile() as profile:
+            _run(case, engine, built)
+        (size, total), *_ = _allocations(start)
         events = _allocations(profile)
-        before = events[0][1] - events[0][0]
-        return max(total for _, total in events) - before, events if keep_events else []
+        return max(total for _, total in events) - (total - size), events if keep_events else []
     finally:
         engine.close()
+
+
+def _profile() -> Any:
+    import torch
+
+    return torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    )
 
 
 def _count_in_all_threads() -> None:

@@ -48,18 +48,17 @@ BERT: dict[str, Any] = {
     "num_attention_heads": 6,
     "vocab_size": 4000,
 }
-T5: dict[str, Any] = {
-    "model_type": "t5",
+BART: dict[str, Any] = {
+    "model_type": "bart",
     "d_model": 192,
-    "d_kv": 32,
-    "d_ff": 512,
-    "num_layers": 4,
-    "num_heads": 6,
+    "encoder_layers": 4,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 6,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 512,
+    "decoder_ffn_dim": 512,
+    "max_position_embeddings": 256,
     "vocab_size": 4000,
-    "feed_forward_proj": "gated-gelu",
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
 }
 GEMMA: dict[str, Any] = {
     "model_type": "gemma3_text",
@@ -113,8 +112,8 @@ def _one() -> list[Case]:
             rows=8,
         ),
         case("bert masked_lm bf16", BERT, objective={"type": "masked_lm"}, precision="bf16", rows=8),
-        case("t5", T5, objective=SEQ2SEQ),
-        case("t5 checkpointing", T5, objective=SEQ2SEQ, checkpointing=True, rows=8),
+        case("bart", BART, objective=SEQ2SEQ),
+        case("bart checkpointing", BART, objective=SEQ2SEQ, checkpointing=True, rows=8),
         case("sgd", LLAMA, optim={"name": "sgd", "momentum": 0.9}),
         case("adafactor one row", DEEP, optim={"name": "adafactor"}, rows=1, length=64),
         case("8-bit adamw one row", DEEP, optim={"name": "adamw_8bit"}, rows=1, length=64),
@@ -155,7 +154,7 @@ def _several(world: int) -> list[Case]:
         case("bf16", "fsdp2", precision="bf16"),
         case("tied 2 micro-steps", "fsdp2", LLAMA | {"tie_word_embeddings": True}, accumulation=2),
         case("packed checkpointing", "fsdp2", DEEP, checkpointing=True, packing=True),
-        case("t5", "fsdp2", T5, objective=SEQ2SEQ),
+        case("bart", "fsdp2", BART, objective=SEQ2SEQ),
         case("bert", "fsdp2", BERT, objective={"type": "classification", "problem": "single_label"}, rows=8),
         case("gemma3 bf16", "fsdp2", GEMMA, precision="bf16"),
     ]

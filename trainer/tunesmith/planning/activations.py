@@ -242,6 +242,7 @@ def _leaving(recorder: Recorder, number: int, last: bool) -> Any:
         if recorder.in_backward:
             return
         hidden = output if isinstance(output, Tensor) else output[0]
+        recorder.hand_on(hidden)
         if hidden.requires_grad:
             hidden.register_hook(lambda _: recorder.begin("backward", number))
         if last:

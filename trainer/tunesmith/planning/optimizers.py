@@ -46,15 +46,20 @@ def _eight_bit(numel: int, moments: int) -> int:
     return moments * (numel + 4 * scales)
 
 
-def temporaries(settings: Optim, shapes: Sequence[tuple[int, ...]]) -> int:
+def temporaries(settings: Optim, shapes: Sequence[tuple[int, ...]], device: str) -> int:
     """The most that one update needs beside gradients and state. The fused optimizers need nothing; RMSprop takes a
     root per tensor; Adafactor squares the gradient, then holds a variance and the update, per tensor (torch.optim's
-    single-tensor implementations)."""
+    single-tensor implementations). bitsandbytes' kernels for CUDA need nothing; on the CPU its 8-bit optimizers are
+    made of torch's operations, on moments in fp32 (bitsandbytes/backends/default/ops.py)."""
     largest = max((prod(shape) for shape in shapes), default=0)
     match settings:
         case RMSprop():
             return 4 * largest
         case Adafactor():
             return 8 * largest
+        case AdamW8bit() if device == "cpu":
+            return 5 * 4 * largest  # two moments, the root of one, the quotient, its product with the rate
+        case Lion8bit() if device == "cpu":
+            return 3 * 4 * largest  # the moment, the update, its sign
         case _:
             return 0

@@ -138,6 +138,13 @@ class Recorder(TorchDispatchMode):
         weakref.finalize(storage, self._drop, key)
         return size
 
+    def hand_on(self, tensor: Tensor) -> None:
+        """A layer's output is the next one's to let go of, and of no other of the layers that it stands for."""
+        key = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+        if key in self._sizes:
+            size, is_logits, _ = self._sizes[key]
+            self._sizes[key] = (size, is_logits, 0)
+
     def _drop(self, key: int) -> None:
         size, is_logits, elsewhere = self._sizes.pop(key)
         self.live -= size

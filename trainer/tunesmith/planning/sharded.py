@@ -59,7 +59,7 @@ def moments(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
     if setup.accumulation(workload) > 1:
         yield from _micro_step(workload, setup, shards, width, found, full, fresh=False)
     if not setup.parallel.offload:
-        needed = max(norm_bytes(setup, slices / 4), temporaries(workload.optim, local))
+        needed = max(norm_bytes(setup, slices / 4), temporaries(workload.optim, local, setup.device))
         yield replace(full, activations=needed, moment="optimizer's step")
 
 
@@ -73,59 +73,66 @@ def _micro_step(
     *,
     fresh: bool,
 ) -> Iterator[Breakdown]:
-    gloo = (
-        1.0 if setup.device == "cpu" and shards > 1 else 0.0
-    )  # its collectives work on a copy (ProcessGroupGloo.cpp)
+    # gloo's collectives work on a copy of their output or input (ProcessGroupGloo.cpp)
+    copies = 2.0 if setup.device == "cpu" and shards > 1 else 1.0
     root = _sizes(workload.root, shards, width)
-    order = [
+    units = [
         _sizes(unit_of(workload, p), shards, width) for p in found if p.is_layer and p.part.phase == "forward"
     ]
     # the root is gathered first: output of the gather, then the parameters copied out of it
-    yield replace(held, gather=root.cast * 2 + root.gathered * (1 + gloo), moment="gather of the root")
+    yield replace(held, gather=root.cast * 2 + root.gathered * copies, moment="gather of the root")
     waiting = root.gathered  # a gather's output is let go of when the next unit's is there, in the forward
     at, slices, own_gradients, reducing = 0, held.gradients, 0.0, 0.0
     held = replace(held, gradients=0.0)
     for place in found:
-        base = replace(held, gradients=slices + own_gradients, buffers=reducing)
+        base = replace(held, gradients=slices + own_gradients, buffers=reducing, gather=root.whole)
         if not place.is_layer:
-            base = replace(base, gather=root.whole + waiting)
-            yield place.peak(keeps_gradients=True, base=base)
+            yield place.peak(keeps_gradients=True, base=replace(base, gather=root.whole + waiting))
             own_gradients += place.gradients
-            continue
-        unit = _sizes(unit_of(workload, place), shards, width)
-        here = replace(base, activations=place.level, moment=place.moment)
-        if place.part.phase == "forward":
-            # the next output is made while the last is still there; then the copy takes the last one's place
-            yield replace(here, gather=root.whole + waiting + unit.gathered * (1 + gloo) + unit.cast * 2)
+        elif place.part.phase == "forward":
+            unit, at = units[at], at + 1
+            yield from _forward(place, base, unit, waiting, copies)
             waiting = unit.gathered
-            yield place.peak(
-                keeps_gradients=False, base=replace(base, gather=root.whole + unit.whole + waiting)
-            )
-            at += 1
-            continue
-        # backward: copied out of a gather that began during the layer above; then the next one's begins
-        at -= 1
-        following = order[at - 1] if at > 0 else _Sizes(0.0, 0.0, 0.0, 0.0)
-        yield replace(here, gather=root.whole + unit.gathered + unit.whole)
-        ahead = root.whole + following.gathered
-        yield replace(here, gather=ahead + gloo * following.gathered + unit.whole + following.cast * 2)
-        yield place.peak(keeps_gradients=True, base=replace(base, gather=ahead + unit.whole))
-        # the layer's parameters go, its gradients are copied to the input of the reduce-scatter
-        reducing = unit.reduced
-        after = place.level + float(place.table[-1, 0])
-        yield replace(
-            here,
-            activations=after,
-            gather=ahead,
-            gradients=base.gradients + place.gradients,
-            buffers=reducing * (1 + gloo),
-            moment=f"reduction of layer {place.layer}",
-        )
-        slices += reducing / shards if fresh else 0.0
-        waiting = 0.0
+        else:
+            at -= 1
+            unit, following = units[at], units[at - 1] if at > 0 else _Sizes(0.0, 0.0, 0.0, 0.0)
+            yield from _backward(place, base, unit, following, copies)
+            reducing, waiting = unit.reduced, 0.0
+            slices += reducing / shards if fresh else 0.0
     yield replace(
         held,
         gradients=slices + own_gradients,
-        buffers=root.reduced * (1 + 1 / shards + gloo),
+        buffers=root.reduced * (copies + 1 / shards),
         moment="reduction of the root",
+    )
+
+
+def _forward(
+    place: Place, base: Breakdown, unit: _Sizes, waiting: float, copies: float
+) -> Iterator[Breakdown]:
+    """The layer's gather begins while the output of the last one is still there; then the copy takes its place."""
+    here = replace(base, activations=place.level, moment=place.moment)
+    yield replace(here, gather=base.gather + waiting + unit.gathered * copies + unit.cast * 2)
+    whole = replace(base, gather=base.gather + unit.whole + unit.gathered)
+    yield place.peak(keeps_gradients=False, base=whole)
+
+
+def _backward(
+    place: Place, base: Breakdown, unit: _Sizes, following: _Sizes, copies: float
+) -> Iterator[Breakdown]:
+    """The layer is copied out of a gather that began during the layer above, then the gather of the one below begins.
+    Afterwards the layer goes, and its gradients are copied to the input of the reduce-scatter, which stays until the
+    next one's."""
+    here = replace(base, activations=place.level, moment=place.moment)
+    yield replace(here, gather=base.gather + unit.gathered + unit.whole)
+    ahead = base.gather + following.gathered
+    yield replace(here, gather=ahead + (copies - 1) * following.gathered + unit.whole + following.cast * 2)
+    yield place.peak(keeps_gradients=True, base=replace(base, gather=ahead + unit.whole))
+    yield replace(
+        here,
+        activations=place.level + float(place.table[-1, 0]),
+        gather=ahead,
+        gradients=base.gradients + place.gradients,
+        buffers=unit.reduced * copies,
+        moment=f"reduction of layer {place.layer}",
     )

@@ -29,5 +29,5 @@ def moments(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
     if setup.accumulation(workload) > 1:
         for place in found:
             yield place.peak(keeps_gradients=False, base=full)
-    needed = max(norm_bytes(setup, workload.trainable), temporaries(workload.optim, shapes))
+    needed = max(norm_bytes(setup, workload.trainable), temporaries(workload.optim, shapes, setup.device))
     yield replace(full, activations=needed, moment="optimizer's step")
