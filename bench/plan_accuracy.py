@@ -117,6 +117,8 @@ def _one() -> list[Case]:
         case("sgd", LLAMA, optim={"name": "sgd", "momentum": 0.9}),
         case("adafactor one row", DEEP, optim={"name": "adafactor"}, rows=1, length=64),
         case("8-bit adamw one row", DEEP, optim={"name": "adamw_8bit"}, rows=1, length=64),
+        case("8-bit lion one row", DEEP, optim={"name": "lion_8bit"}, rows=1, length=64),
+        case("rmsprop one row", DEEP, optim={"name": "rmsprop"}, rows=1, length=64),
         case("lower half frozen", LLAMA, freeze=("model.embed_tokens*", "model.layers.[01].*")),
         case("lora", LLAMA, lora=lora),
         case("lora bf16 checkpointing", DEEP, lora=lora, precision="bf16", checkpointing=True),

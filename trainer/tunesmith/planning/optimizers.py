@@ -57,9 +57,7 @@ def temporaries(settings: Optim, shapes: Sequence[tuple[int, ...]], device: str)
             return 4 * largest
         case Adafactor():
             return 8 * largest
-        case AdamW8bit() if device == "cpu":
-            return 5 * 4 * largest  # two moments, the root of one, the quotient, its product with the rate
-        case Lion8bit() if device == "cpu":
-            return 3 * 4 * largest  # the moment, the update, its sign
+        case AdamW8bit() | Lion8bit() if device == "cpu":
+            return 5 * 4 * largest  # AdamW: two moments, a root, the quotient and its product with the rate
         case _:
             return 0

@@ -72,6 +72,7 @@ class Recorder(TorchDispatchMode):
         self._regular = regular
         self._sizes: dict[int, tuple[int, bool, int]] = {}  # bytes, whether logits, more bytes elsewhere
         self._pending: tuple[Event, weakref.ref[Any], int] | None = None
+        self._in_place: tuple[Event, int] | None = None
         self.in_backward = False
 
     def begin(self, phase: Phase, layer: int) -> None:
@@ -121,6 +122,7 @@ class Recorder(TorchDispatchMode):
         event, first, size = self._pending
         if first() is None:
             event.live -= size
+            self._in_place = (event, size)
         self._pending = None
 
     def _know(self, tensor: Tensor, *, counted: bool) -> int:
@@ -157,6 +159,10 @@ class Recorder(TorchDispatchMode):
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
         self.gradients += storage.nbytes()
+        # a tied parameter's two gradients are added to a third tensor (seen in the allocator's record)
+        if self._in_place is not None and self._in_place[0] in self.spans[-1].events[-3:]:
+            self._in_place[0].live += self._in_place[1] * (self._in_place[1] == storage.nbytes())
+            self._in_place = None
         parameter.grad = None
         self._settle()
         self.spans[-1].events.append(Event(self.live - self._let_go, self.gradients, self.logits, 0, 0))
