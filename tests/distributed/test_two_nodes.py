@@ -19,7 +19,7 @@ from tunesmith.recipe.load import dump_recipe
 
 pytestmark = pytest.mark.slow
 
-STRATEGIES = ["ddp"]
+STRATEGIES = ["ddp", "zero3", "fsdp2"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TUNESMITH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "true"}
 TRAIN = "from tunesmith_launch.cli import main; main()"
 

@@ -19,6 +19,7 @@ class Batch:
     targets: dict[str, Tensor]
     rows: tuple[int, ...]  # places in the table; -1 for a filler
     tokens: int  # not counting padding
+    aligned: bool = False  # labels stand where they are predicted, not where they are read
 
     @property
     def samples(self) -> int:

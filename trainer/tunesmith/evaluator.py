@@ -53,6 +53,7 @@ def predict_rows(
             batch = objective.collate(drawn, cell)
             if not cells[engine.data_rank]:
                 batch = batch.as_filler()
+            batch = engine.part(batch)
             result: Predicted = engine.forward(batch, "predict")
             sums += result.sums
             units += torch.tensor([term.units(batch) for term in objective.terms], device=engine.device)

@@ -54,22 +54,23 @@ def train_step(
     stop: bool,
 ) -> StepResult:
     # d/dθ of Σ_terms weight · S/U: S sums over the labelled units of the *global* batch, U counts them. U is known
-    # before the first backward; engines mean gradients over W data ranks, so every micro-batch is divided by U/W.
+    # before the first backward; engines mean gradients over W ranks, so every micro-batch is divided by U/W.
+    batches = [engine.part(batch) for batch in batches]
     own = [sum(term.units(batch) for batch in batches) for term in terms]
     totals = [sum(batch.samples for batch in batches), sum(batch.tokens for batch in batches), int(stop)]
     counts = engine.sum(torch.tensor([*own, *totals], dtype=torch.float64))  # [terms + 3]
-    normalizers = (counts[: len(terms)].clamp(min=1) / engine.data_size).float()  # [terms]
+    normalizers = (counts[: len(terms)].clamp(min=1) / engine.mean_size).float()  # [terms]
 
     parts = torch.zeros(len(terms), device=engine.device)
     for micro_step, batch in enumerate(batches):
-        seed_generators(seed, step, micro_step, engine.data_rank)
+        seed_generators(seed, step, micro_step, engine.draw_rank)
         with engine.accumulate(last=micro_step == len(batches) - 1):
             loss: Loss = engine.forward(batch, "loss", normalizers)  # total: 0-dim, parts: [terms]
             engine.backward(scale.apply(loss.total))
         parts += loss.parts
 
     weights = torch.tensor([term.weight for term in terms], dtype=torch.float64, device=engine.device)
-    total = (weights * engine.sum(parts.double()) / engine.data_size).sum()
+    total = (weights * engine.sum(parts.double()) / engine.mean_size).sum()
     norm = engine.gradient_square_sum().sqrt() / scale.value
     bad_loss, bad_norm = (~torch.isfinite(total)).float(), (~torch.isfinite(norm)).float()
     # fp16 overflows in the backward are expected: they lower the scale. Anything else that is not finite stays set.

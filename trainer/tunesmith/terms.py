@@ -51,14 +51,17 @@ class TokenCrossEntropy:
 
     def _labels(self, batch: Batch) -> Tensor:
         labels = batch.targets[self.target]
-        return labels[:, 1:] if self.shift else labels
+        return labels[:, 1:] if self._shifts(batch) else labels
+
+    def _shifts(self, batch: Batch) -> bool:
+        return self.shift and not batch.aligned
 
     def units(self, batch: Batch) -> int:
         return int((self._labels(batch) != IGNORED).sum())
 
     def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
         logits: Tensor = outputs[self.logits]
-        if self.shift:
+        if self._shifts(batch):
             logits = logits[:, :-1]
         total = F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]).float(),

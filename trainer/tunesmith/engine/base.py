@@ -37,8 +37,10 @@ class Engine(Protocol):
     rank: int
     local_rank: int
     world_size: int
-    data_rank: int  # ranks that compute one batch together (tensor parallel) share it
+    data_rank: int  # ranks that compute one batch together (its layers, or its sequences) share it
     data_size: int  # over how many the rows are dealt
+    mean_size: int  # over how many gradients are meaned
+    draw_rank: int  # ranks that compute the same numbers draw the same dropout
     builds_empty: bool  # the model is built without weights, and filled once it is sharded
     sharded: bool  # no rank holds the whole model
     shards_optimizer: bool  # … or the whole optimizer state
@@ -56,6 +58,10 @@ class Engine(Protocol):
         """Moves, wraps and checks the module and builds the optimizer on what came out. `fill` gives weights to a
         module that was built without. Raises MachineError where anything else came out than the engine's name
         says."""
+        ...
+
+    def part(self, batch: Batch) -> Batch:
+        """This rank's part of a batch: all of it, unless several ranks share a sequence."""
         ...
 
     def rehearse(self, batch: Batch, normalizers: Tensor) -> Rehearsal:

@@ -4,7 +4,8 @@ whole layers exist only while they are computed."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
@@ -23,17 +24,18 @@ from torch.distributed.tensor import DTensor
 
 from tunesmith import optim
 from tunesmith.batch import Batch
-from tunesmith.checkpoint.pieces import Piece, Saved, State
+from tunesmith.checkpoint.pieces import Saved, State
+from tunesmith.engine import dtensor_state
 from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.engine.layers import transformer_layers
 from tunesmith.engine.ranks import RankedEngine
+from tunesmith.engine.sequence_parallel import SequenceParallel
 from tunesmith.engine.tensor_parallel import split_layers
 from tunesmith.errors import UserError
 from tunesmith.gradients import local_square_sum
 from tunesmith.module import Loss, TrainModule
 from tunesmith.recipe.optim import Optim
 from tunesmith.recipe.parallel import FSDP2
-from tunesmith.weights import place_of
 
 _REDUCED_IN = torch.float32
 _COMPUTED_IN = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,8 +64,11 @@ class FSDP2Engine(RankedEngine):
         self._unused: tuple[str, ...] = ()
         self._split = 0  # parameters that tensor parallelism cuts
         self.mesh, self.tensor_mesh = _mesh(device_type, self.world_size, settings)
-        tensor_size = settings.tensor_parallel_size
-        self.data_rank, self.data_size = self.rank // tensor_size, self.world_size // tensor_size
+        tensor_size, sequence_size = settings.tensor_parallel_size, settings.sequence_parallel_size
+        self._tensor_rank = self.rank % tensor_size
+        self.draw_rank, self.mean_size = self.rank // tensor_size, self.world_size // tensor_size
+        self.data_rank, self.data_size = self.draw_rank // sequence_size, self.mean_size // sequence_size
+        self._sequence: SequenceParallel | None = None
 
     def prepare(
         self,
@@ -73,6 +78,8 @@ class FSDP2Engine(RankedEngine):
     ) -> None:
         self.train_module = module
         self.module = cast(nn.Module, module)
+        if self.settings.sequence_parallel_size > 1:
+            self._sequence = self._share_sequences(module)
         self._shard(module)
         device = torch.device("cpu") if self.settings.offload else self.device
         fill(device)
@@ -93,6 +100,21 @@ class FSDP2Engine(RankedEngine):
             group["params"] = [self._locals[name] for name in group["names"]]
         self.optimizer = optim.build(settings, groups)
         self._names = {id(local): name for name, local in self._locals.items()}
+
+    def _share_sequences(self, module: TrainModule) -> SequenceParallel:
+        size = self.settings.sequence_parallel_size
+        if self.world_size % size:
+            raise UserError(
+                f"parallel.sequence_parallel_size: {size} does not divide the {self.world_size} processes"
+            )
+        groups = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
+        group, _ = dist.new_subgroups_by_enumeration(groups)
+        shared = SequenceParallel(cast(dist.ProcessGroup, group), module.objective.tokenizer.pad_token_id)
+        shared.install(module.model)
+        return shared
+
+    def part(self, batch: Batch) -> Batch:
+        return batch if self._sequence is None else self._sequence.part(batch)
 
     def _shard(self, module: TrainModule) -> None:
         dtype = _COMPUTED_IN[module.precision]
@@ -137,11 +159,23 @@ class FSDP2Engine(RankedEngine):
         return self.mesh.size(self.mesh.ndim - 1)
 
     def forward(self, batch: Batch, mode: str, normalizers: Tensor | None = None, **options: Any) -> Any:
-        found = self.module(batch.to(self.device), mode, normalizers, **options)
+        with self._whole_sequences() if mode == "generate" else nullcontext():
+            found = self.module(batch.to(self.device), mode, normalizers, **options)
         if not torch.is_grad_enabled():
             # without a backward the root stays whole, and would not see weights that change before the next forward
             cast(FSDPModule, self.module).reshard()
         return found
+
+    @contextmanager
+    def _whole_sequences(self) -> Generator[None]:
+        if self._sequence is None:
+            yield
+            return
+        self._sequence.exchange(self.train_module.model, on=False)
+        try:
+            yield
+        finally:
+            self._sequence.exchange(self.train_module.model, on=True)
 
     def _copies(self, parameter: DTensor) -> int:
         """How many ranks hold the same slice."""
@@ -179,7 +213,7 @@ class FSDP2Engine(RankedEngine):
         self.train_module.zero_grad(set_to_none=True)
 
     def rehearse(self, batch: Batch, normalizers: Tensor) -> Rehearsal:
-        loss: Loss = self.forward(batch, "loss", normalizers)
+        loss: Loss = self.forward(self.part(batch), "loss", normalizers)
         loss.total.backward()
         present = {name for name, _, _ in self._gradients()}
         finite = bool(torch.isfinite(self.gradient_square_sum()))
@@ -189,53 +223,14 @@ class FSDP2Engine(RankedEngine):
     def leave_unused(self, names: Sequence[str]) -> None:
         self._unused = tuple(names)
 
-    def _model_tensors(self) -> dict[str, Tensor]:
-        return dict(self.train_module.model.state_dict())
-
-    def _writes(self, tensor: DTensor) -> bool:
-        """Whether this rank is the one that saves its slice."""
-        coordinate = tensor.device_mesh.get_coordinate()
-        assert coordinate is not None
-        first = all(
-            at == 0
-            for at, placement in zip(coordinate, tensor.placements, strict=True)
-            if placement.is_replicate()
-        )
-        return first and tensor.to_local().numel() > 0
-
     def weights(self) -> State:
-        state: State = {}
-        for name, tensor in self._model_tensors().items():
-            if not isinstance(tensor, DTensor):
-                if self.rank == 0:
-                    state[name] = tensor
-            elif self._writes(tensor):
-                state[name] = Piece(tensor.to_local().detach(), tuple(tensor.shape), place_of(tensor)[0])
-        return state
+        return dtensor_state.pieces(self.train_module.model, self.rank, self._tensor_rank)
 
-    @torch.no_grad()
     def load_weights(self, saved: Saved) -> None:
-        for name, tensor in self._model_tensors().items():
-            if isinstance(tensor, DTensor):
-                tensor.to_local().copy_(saved.box(*place_of(tensor), name))
-            else:
-                tensor.copy_(saved.whole(name))
+        dtensor_state.load(self.train_module.model, saved)
 
-    @torch.no_grad()
     def whole_weights(self) -> dict[str, Tensor]:
-        whole: dict[str, Tensor] = {}
-        gathered: dict[int, Tensor] = {}  # tied weights stay one tensor
-        for name, tensor in self.train_module.model.state_dict(keep_vars=True).items():
-            if id(tensor) not in gathered:
-                full = (
-                    cast(DTensor, tensor.to(self.device)).full_tensor()
-                    if isinstance(tensor, DTensor)
-                    else tensor
-                )
-                gathered[id(tensor)] = full.detach().cpu() if self.rank == 0 else torch.empty(0)
-            if self.rank == 0:
-                whole[name] = gathered[id(tensor)]
-        return whole
+        return dtensor_state.gather(self.train_module.model, self.device, self.rank)
 
     def _sharded_parameters(self) -> dict[str, DTensor]:
         return {
@@ -243,26 +238,12 @@ class FSDP2Engine(RankedEngine):
         }
 
     def optimizer_state(self) -> dict[str, State]:
-        found: dict[str, State] = {}
-        for name, parameter in self._sharded_parameters().items():
-            local = self._locals[name]
-            state = self.optimizer.state.get(local)
-            if state and self._writes(parameter):
-                start, shape = place_of(parameter)[0], tuple(parameter.shape)
-                found[name] = {
-                    key: _piece(name, key, value, local, shape, start) for key, value in state.items()
-                }
-        return found
+        states = {name: self.optimizer.state.get(local) or {} for name, local in self._locals.items()}
+        return dtensor_state.optimizer_pieces(self._sharded_parameters(), states, self._tensor_rank)
 
     def load_optimizer_state(self, saved: Saved) -> None:
-        parameters, names = self._sharded_parameters(), [name for name, _ in self._parameters()]
-
-        def read(name: str, key: str) -> Any:
-            if not saved.is_tensor(name, key) or saved.shape(name, key) != tuple(parameters[name].shape):
-                return saved.value(name, key)
-            return saved.box(*place_of(parameters[name]), name, key)
-
-        state = saved.nested(read)
+        state = dtensor_state.read_optimizer(self._sharded_parameters(), saved)
+        names = [name for name, _ in self._parameters()]
         indexed = {i: state[name] for i, name in enumerate(names) if name in state}
         own = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": indexed, "param_groups": own["param_groups"]})
@@ -273,6 +254,7 @@ class FSDP2Engine(RankedEngine):
             "shard_size": sharded,
             "replicas": self.data_size // sharded,
             "tensor_parallel_size": self.settings.tensor_parallel_size,
+            "sequence_parallel_size": self.settings.sequence_parallel_size,
             "tensor_parallel_parameters": self._split,
             "offload": self.settings.offload,
             "layers_sharded": len(transformer_layers(self.train_module.model)),
@@ -283,19 +265,6 @@ class FSDP2Engine(RankedEngine):
         vars(self).pop("train_module", None)
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _piece(
-    name: str, key: str, value: Any, local: Tensor, shape: tuple[int, ...], start: tuple[int, ...]
-) -> Any:
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    if value.shape == local.shape:
-        return Piece(value, shape, start)
-    raise UserError(
-        f"optim: the state {key} of {name} is not one number per weight: it cannot be saved in shards; use "
-        "parallel.strategy: ddp, or optim.name: adamw"
-    )
 
 
 def _mesh(device_type: str, world_size: int, settings: FSDP2) -> tuple[DeviceMesh, DeviceMesh | None]:

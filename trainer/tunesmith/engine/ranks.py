@@ -27,6 +27,7 @@ class RankedEngine(SingleEngine):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.data_rank, self.data_size = self.rank, self.world_size
+        self.mean_size, self.draw_rank = self.world_size, self.rank
         launched = int(os.environ["WORLD_SIZE"])
         if self.world_size != launched:
             raise MachineError(
@@ -45,8 +46,8 @@ class RankedEngine(SingleEngine):
     def sum(self, values: Tensor) -> Tensor:
         values = values.to(self.device)
         dist.all_reduce(values)
-        # ranks that compute one batch together would count it several times
-        copies = self.world_size // self.data_size
+        # ranks that compute the layers of one batch together would count it several times
+        copies = self.world_size // self.mean_size
         return values if copies == 1 else values / copies
 
     def gather(self, obj: Any) -> list[Any]:

@@ -32,6 +32,8 @@ class SingleEngine:
         self.world_size = 1
         self.data_rank = 0
         self.data_size = 1
+        self.mean_size = 1
+        self.draw_rank = 0
         self.device = torch.device("cpu") if device.type == "cpu" else device  # never "cpu:0"
         self.module: nn.Module
         self.train_module: TrainModule
@@ -61,6 +63,9 @@ class SingleEngine:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def part(self, batch: Batch) -> Batch:
+        return batch
 
     def rehearse(self, batch: Batch, normalizers: Tensor) -> Rehearsal:
         # on the module itself: DDP would wait for the gradients of the parameters that are not used

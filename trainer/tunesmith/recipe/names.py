@@ -105,6 +105,8 @@ _OURS = {
     "parallel.strategy: fsdp2": "fsdp fsdp_config fsdp_version fsdp_sharding_strategy",
     "parallel.timeout": "ddp_timeout ddp_timeout_seconds nccl_timeout process_group_timeout",
     "parallel.tensor_parallel_size": "tp_size tp_degree tensor_parallel_degree tensor_parallel",
+    "parallel.sequence_parallel_size": """context_parallel_size sequence_parallel_degree cp_size sp_size
+        context_parallel_degree ulysses_size ulysses_degree""",
     "parallel.shard_size": "dp_shard_size hsdp_shard_size hybrid_shard_size fsdp_size dp_shard",
     "parallel.offload_optimizer": "offload_optimizer_device cpu_offload_optimizer",
     "parallel.offload_parameters": "offload_param offload_param_device",
@@ -177,8 +179,7 @@ _NOTES = {
         training_arguments trainer trainer_args sft_config sft""",
     _ABSENT: """neftune_noise_alpha noisy_embedding_alpha class_weights class_weight focal_loss focal_gamma
         streaming push_to_hub hub_model_id hub_strategy auto_find_batch_size tf32 fp8
-        pipeline_parallel_size context_parallel_size sequence_parallel_size
-        sequence_parallel_degree cp_size ema model_ema teacher_model_name_or_path kd_ratio mixup
+        pipeline_parallel_size ema model_ema teacher_model_name_or_path kd_ratio mixup
         galore_rank use_galore use_badam lisa_n_layers curriculum_sampling""",
     _NEEDLESS: """dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers
         dataloader_pin_memory dataloader_prefetch_factor dataloader_drop_last num_workers plot_loss

@@ -58,11 +58,13 @@ class Zero3(_Strategy):
 class FSDP2(_Strategy):
     """torch's fully_shard: parameters, gradients and optimizer state are sharded over `shard_size` ranks (all of
     them, where null; fewer: hybrid, with copies between the groups). `tensor_parallel_size` ranks compute one
-    layer together. `offload` keeps the shards, and the optimizer's step, on the CPU."""
+    layer together, `sequence_parallel_size` ranks one sequence. `offload` keeps the shards, and the optimizer's
+    step, on the CPU."""
 
     strategy: Literal["fsdp2"]
     shard_size: Positive | None = None
     tensor_parallel_size: Positive = 1
+    sequence_parallel_size: Positive = 1
     offload: bool = False
 
 

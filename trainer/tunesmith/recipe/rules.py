@@ -153,6 +153,7 @@ def _wandb(recipe: Recipe) -> Iterator[Problem]:
 
 Rule = Callable[["Recipe"], Iterator[Problem]]
 
+
 # each rule with the sections that it reads
 def _sharding(recipe: Recipe) -> Iterator[Problem]:
     strategy = recipe.parallel.strategy
@@ -176,6 +177,25 @@ def _sharding(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _sequence_parallel(recipe: Recipe) -> Iterator[Problem]:
+    parallel = recipe.parallel
+    if parallel.strategy != "fsdp2" or parallel.sequence_parallel_size == 1:
+        return
+    key = "parallel.sequence_parallel_size"
+    if recipe.objective.type not in _PACKABLE:
+        yield _problem(
+            key, f"cuts the sequences of causal_lm and sft; the objective is {recipe.objective.type}"
+        )
+    if recipe.data.packing:
+        yield _problem(
+            key, "and data.packing exclude each other: a packed sequence needs a mask of its whole square"
+        )
+    if parallel.tensor_parallel_size > 1:
+        yield _problem(key, "and tensor_parallel_size exclude each other: set one of them to 1")
+    if recipe.model.attn_implementation != "sdpa":
+        yield _problem(key, f"computes attention by sdpa, not by {recipe.model.attn_implementation}")
+
+
 _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"data", "objective"}, _packing),
     ({"data"}, _group_by_length),
@@ -186,6 +206,7 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"objective"}, _regression),
     ({"optim"}, _nesterov),
     ({"optim", "parallel", "training"}, _sharding),
+    ({"parallel", "objective", "data", "model"}, _sequence_parallel),
     ({"schedule", "data", "evaluation"}, _plateau),
     ({"evaluation", "objective"}, _generate),
     ({"evaluation", "data"}, _unevaluated),
