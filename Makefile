@@ -30,9 +30,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/tunesmith train configs/quickstart.yaml --overwrite
 
-# Ratios within one run: the time of a step beside a plain loop's and transformers.Trainer's.
+# Ratios within one run: the time of a step beside a plain loop's and transformers.Trainer's; then, on two processes,
+# under each engine beside bare DDP, fully_shard and DeepSpeed.
 bench: install
 	OMP_WAIT_POLICY=passive $(BIN)/python bench/step_time.py
+	$(BIN)/python bench/engine_time.py --parts
 
 lint: install
 	$(BIN)/ruff check .
