@@ -41,6 +41,7 @@ from tunesmith.schedules import Plateau
 from tunesmith.session import Session
 from tunesmith.signals import StopRequest
 from tunesmith.startup import check_packing, probe
+from tunesmith.strategy import settle
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 from tunesmith.tracking.events import Evaluated, Message, RunEnded, RunStarted
 from tunesmith.tracking.tracker import Tracker
@@ -67,13 +68,14 @@ def run(recipe: Recipe, base: Path, how: Resume) -> None:
     preflight = agree(recipe, base)
     recipe = resolve_paths(recipe, base)
     run_dir = Path(recipe.output_dir) / recipe.run_name
+    settled, why = settle(recipe, base, preflight)
     with StopRequest() as stop:
         # the engine comes first: it makes the process group, and with it the device and the rank
-        engine = build_engine(recipe)
+        engine = build_engine(settled)
         try:
             if preflight is not None:
                 preflight.sums(engine.device)
-            _train(recipe, base, how, engine, run_dir, stop, started, preflight)
+            _train(recipe, base, how, engine, run_dir, stop, started, preflight, why)
         finally:
             engine.close()
 
@@ -87,6 +89,7 @@ def _train(
     stop: StopRequest,
     started: float,
     preflight: Preflight | None,
+    engine_why: str,
 ) -> None:
     checkpoint = open_run_dir(engine, run_dir, how)
     precision, why = choose(recipe.training.precision, engine.device)
@@ -127,7 +130,7 @@ def _train(
         state.load(checkpoint, recipe)
         tracker.load_state(state.extra)
 
-    facts |= engine.facts() | loaded.facts | trainable
+    facts |= engine.facts() | {"engine_why": engine_why} | loaded.facts | trainable
     facts |= {"compiled_layers": compiled} if compiled else {}
     facts |= {"precision": precision, "precision_why": why, "total_steps": total_steps}
     facts |= batch_facts(recipe, stream, engine.data_size)

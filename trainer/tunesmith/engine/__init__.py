@@ -22,8 +22,9 @@ def device_type() -> str:
 
 
 def build_engine(recipe: Recipe) -> Engine:
-    """The engine of `parallel.strategy`; `auto` is single for one process, ddp for several. A sharding engine that
-    was started without a launcher is a world of one: offloading needs no second process."""
+    """The engine of `parallel.strategy` (`auto`, where nobody has settled it, is single for one process and ddp for
+    several). A sharding engine that was started without a launcher is a world of one: offloading needs no second
+    process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     settings = recipe.parallel
     if isinstance(settings, Auto):

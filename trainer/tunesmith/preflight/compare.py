@@ -131,7 +131,10 @@ def network_findings(named: Mapping[str, Facts]) -> Iterator[Finding]:
             )
         if not several or network.wanted:
             continue
-        if network.loopback:
+        if not network.address:
+            what = f"{network.interface}, which its ranks are to use, has no address"
+            yield error(name, what, f"configure it, or set GLOO_SOCKET_IFNAME to one of {known}")
+        elif network.loopback:
             use = (
                 network.toward
                 if network.toward not in (None, "lo")

@@ -126,10 +126,11 @@ class Probe:
         found: list[Interface] = []
         for name, addresses in psutil.net_if_addrs().items():
             state = states.get(name)
+            # of link-local addresses there is one on every interface, and none of them is enough to call
             numbers = tuple(
-                a.address.partition("%")[0]
+                a.address
                 for a in addresses
-                if a.family in (socket.AF_INET, socket.AF_INET6)
+                if a.family in (socket.AF_INET, socket.AF_INET6) and not a.address.startswith("fe80:")
             )
             up, mtu = (state.isup, state.mtu) if state is not None else (False, 0)
             # a virtual interface (veth, bridge, tap) says 10 Gbit/s, whatever lies behind it

@@ -83,6 +83,7 @@ def startup_lines(
             facts.get("precision"),
             facts.get("precision_why"),
         ],
+        "why": [facts.get("engine_why") if facts.get("world_size", 1) > 1 else None],
         "batch": [
             f"{rows:,} rows a step" if isinstance(rows, int) else None,
             f"{facts['steps_per_epoch']:,} steps an epoch" if "steps_per_epoch" in facts else None,
