@@ -316,6 +316,14 @@ FAULTS: dict[str, tuple[Callable[[Facts], Facts], tuple[int, ...], str, int, str
         "NCCL_SOCKET_IFNAME=ib0",
         "set",
     ),
+    "no address": (
+        network(interface="ib0", address=""),
+        (2,),
+        "error",
+        3,
+        "ib0, which its ranks are to use, has no address",
+        "configure",
+    ),
     "not an address": (
         network(interface=None),
         (2,),

@@ -24,6 +24,7 @@ from tunesmith.preflight.folder import room, try_folder
 from tunesmith.preflight.links import Link, best, link_findings, schedule, send, slow_links, summary
 from tunesmith.preflight.probe import Interface, Probe
 from tunesmith.preflight.store import bounded, port_taken
+from tunesmith_launch.command import Cluster, build
 from tunesmith_launch.muster import Hello, disagreements, missing
 
 # digests
@@ -320,3 +321,12 @@ def test_machines_that_agree() -> None:
     assert disagreements(hello(0), [hello(0), hello(1), hello(2)]) == []
     assert missing(hello(0), [hello(0), hello(2)]) == [1]
     assert missing(hello(0), [hello(1), hello(2)]) == [0]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_ranks_of_a_check_are_started_as_those_of_a_run(processes: int) -> None:
+    cluster = Cluster(num_processes=processes)
+    run, check = (build(["r"], cluster, {}, "python", module=m) for m in ("tunesmith", "tunesmith.preflight"))
+    assert run.argv[-3:] == ("-m", "tunesmith", "r")
+    assert check.argv == (*run.argv[:-2], "tunesmith.preflight", "r")
+    assert (check.env, check.has_agent) == (run.env, run.has_agent)
