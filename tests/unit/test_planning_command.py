@@ -41,7 +41,7 @@ def plan(*arguments: str, width: int = 200) -> str:
 def test_a_config_is_enough_for_a_table_and_a_recommendation(recipe: Path) -> None:
     shown = plan(str(recipe), "--gpus", "4", "--gpu-memory", "1")
     for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
-        assert f"\n  {strategy} " in shown
+        assert f"\n {strategy} " in shown
     assert "Recommended: ddp" in shown
     assert "the fastest of what fits" in shown or "nothing simpler" in shown
     assert "it agrees. Expect" in shown

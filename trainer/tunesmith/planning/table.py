@@ -17,8 +17,9 @@ from tunesmith.planning.memory import PARTS
 from tunesmith.planning.timing import Device, assumptions
 from tunesmith.planning.trace import Check
 
-_HEADS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "activations": "activat.",
+_HEADS = {"weights": "weights", "gradients": "grads", "optimizer": "optim", "activations": "activ.",
           "logits": "logits", "buffers": "buffers", "gather": "gather"}  # fmt: skip
+_WIDTH = 120  # a narrower terminal wraps the lines itself: a number that is cut says nothing
 _NAMES = {
     "weights": "the weights",
     "gradients": "the gradients",
@@ -83,12 +84,19 @@ def show(
         f"{work.rows_per_step} rows of {work.shape.length} tokens a step on {world} device{'s' * (world > 1)}"
     )
     unit = unit_for(rows)
-    table = Table(box=box.SIMPLE, title=f"{unit.name} on one device, at its peak", title_justify="left")
-    for head in ("strategy", "micro-batch", "checkpointing", *_HEADS.values(), "sum", "fits", "time/step"):
-        table.add_column(head, justify="left" if head in {"strategy", "fits"} else "right")
+    title = f"{unit.name} on one device, at its peak (micro: rows of a forward; ckpt: gradient checkpointing)"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    for head in ("strategy", "micro", "ckpt", *_HEADS.values(), "sum", "fits", "step"):
+        table.add_column(head, justify="left" if head in {"strategy", "fits"} else "right", no_wrap=True)
     for row in rows if everything else shown(rows, best):
         table.add_row(*(Text(cell) for cell in _cells(row, unit)), style="bold" if row is best else None)
-    console.print(table)
+    wide = Console(
+        file=console.file,
+        width=max(console.width, _WIDTH),
+        force_terminal=console.is_terminal,
+        color_system="auto" if console.is_terminal else None,
+    )
+    wide.print(table)
     for line in conclusion(rows, best, check):
         console.print(line, markup=False)
     console.print(f"Time: {assumptions(device)}. It compares rows; it is no promise.", markup=False)
@@ -99,17 +107,21 @@ def show(
 def _cells(row: Row, unit: Unit) -> list[str]:
     parts = [getattr(row.memory, part) / unit.bytes for part in PARTS]
     largest = max(range(len(parts)), key=parts.__getitem__)
-    amounts = [f"{amount:,.2f}{'*' if i == largest else ''}" for i, amount in enumerate(parts)]
-    gap = unit(abs(row.missing))
+    amounts = [f"{_number(amount)}{'*' if i == largest else ''}" for i, amount in enumerate(parts)]
+    gap = _number(abs(row.missing) / unit.bytes)
     return [
         row.strategy,
         str(row.setup.rows),
         "yes" if row.setup.checkpointing else "no",
         *amounts,
-        f"{row.memory.total / unit.bytes:,.2f}",
-        f"yes, {gap} left" if row.fits else f"no, {gap} too much",
+        _number(row.memory.total / unit.bytes),
+        f"yes, {gap} left" if row.fits else f"no, {gap} over",
         f"{row.time.total:.2f} s" if row.time.total >= 1 else f"{row.time.total * 1e3:.1f} ms",
     ]
+
+
+def _number(amount: float) -> str:
+    return f"{amount:,.0f}" if amount >= 100 else f"{amount:.1f}" if amount >= 10 else f"{amount:.2f}"
 
 
 def _heaviest(row: Row) -> str:
