@@ -95,8 +95,10 @@ def test_a_used_folder_is_not_overwritten_unasked(tmp_path: Path) -> None:
     assert launch(recipe, "--overwrite").returncode == 0
 
 
-def test_two_processes_resume_bitwise(tmp_path: Path) -> None:
-    whole, recipe = tiny_recipe(tmp_path / "a"), tiny_recipe(tmp_path / "b")
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
+def test_two_processes_resume_bitwise(tmp_path: Path, strategy: str) -> None:
+    parallel = {"strategy": strategy}
+    whole, recipe = (tiny_recipe(tmp_path / name, parallel=parallel) for name in "ab")
     assert launch(whole, processes=2).returncode == 0
     stopped = launch(recipe, processes=2, driver=AFTER_STEP.format(step=2, signal="SIGTERM"))
     assert stopped.returncode != 0

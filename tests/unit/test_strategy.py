@@ -37,7 +37,9 @@ def test_what_fits_is_copied(recipe: Recipe, tmp_path: Path, monkeypatch: pytest
     assert "fits into 3.60" in why
 
 
-def test_what_does_not_fit_is_sharded(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_sharded(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory(monkeypatch, 400_000)
     settled, why = settle(recipe, tmp_path, None)
     assert settled.parallel.strategy == "fsdp2"

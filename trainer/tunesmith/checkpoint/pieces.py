@@ -47,6 +47,26 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def nbytes(state: Any) -> int:
+    """The bytes of the tensors in a rank's state; tied ones count once, as they are written."""
+    found: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        match value:
+            case Piece(data=data):
+                found[id(data)] = data.nbytes
+            case Tensor():
+                found[id(value)] = value.nbytes
+            case Mapping():
+                for inner in value.values():  # pyright: ignore[reportUnknownVariableType]
+                    visit(inner)
+            case _:
+                pass
+
+    visit(state)
+    return sum(found.values())
+
+
 def file_prefix(kind: str, rank: int, world_size: int) -> str:
     """`weights-00001-of-00004`: rank 1's part."""
     return f"{kind}-{rank:05d}-of-{world_size:05d}"

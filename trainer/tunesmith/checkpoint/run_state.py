@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.checkpoint.pieces import Saved, file_prefix, save_pieces
+from tunesmith.checkpoint.pieces import Saved, file_prefix, nbytes, save_pieces
 from tunesmith.checkpoint.publication import publish
 from tunesmith.checkpoint.state import Progress
 from tunesmith.checkpoint.store import Checkpoint, Pruned
-from tunesmith.checkpoint.tensors import load_state, save_state
+from tunesmith.checkpoint.tensors import load_state
 from tunesmith.engine import Engine
 from tunesmith.errors import UserError
 from tunesmith.loss_scale import LossScale
@@ -40,20 +40,21 @@ class RunState:
     ) -> tuple[Path, Pruned]:
         """Publishes `checkpoint-{step}`. What all ranks hold alike is written by rank 0 alone."""
 
+        engine = self.engine
+        parts: list[tuple[str, dict[str, Any]]] = []
+        for kind, state, sharded in (
+            (WEIGHTS, engine.weights(), engine.sharded),
+            (OPTIMIZER, engine.optimizer_state(), engine.shards_optimizer),
+        ):
+            if sharded:
+                parts.append((file_prefix(kind, engine.rank, engine.world_size), state))
+            elif engine.rank == 0:
+                parts.append((kind, state))
+        if engine.rank == 0:
+            parts.append((TRAINER, self._rest(recipe)))
+
         def write(folder: Path) -> list[Path]:
-            engine = self.engine
-            files: list[Path] = []
-            for kind, state, sharded in (
-                (WEIGHTS, engine.weights(), engine.sharded),
-                (OPTIMIZER, engine.optimizer_state(), engine.sharded or engine.shards_optimizer),
-            ):
-                if sharded:
-                    files += save_pieces(folder / file_prefix(kind, engine.rank, engine.world_size), state)
-                elif engine.rank == 0:
-                    files += save_state(folder / kind, state)
-            if engine.rank == 0:
-                files += save_state(folder / TRAINER, self._rest(recipe))
-            return files
+            return [path for name, state in parts for path in save_pieces(folder / name, state)]
 
         return publish(
             run_dir,
@@ -62,6 +63,7 @@ class RunState:
             recipe_sha256=mathematics_hash(recipe),
             meta={},
             group=self.engine,
+            bytes_needed=sum(nbytes(state) for _, state in parts),
             keep=keep,
             protect=protect,
         )
