@@ -185,7 +185,10 @@ def measure(strategy: str, rows: int, pairs: int, cache: str) -> dict[str, Any]:
         port = free.getsockname()[1]
     receiving, sending = context.Pipe(duplex=False)
     asked = (strategy, rows, pairs, cache)
-    ranks = [context.Process(target=_serve, args=(rank, port, sending, asked)) for rank in range(RANKS)]
+    ranks = [
+        context.Process(target=_serve, args=(rank, port, sending, asked), daemon=True)
+        for rank in range(RANKS)
+    ]
     for rank in ranks:
         rank.start()
     sending.close()  # the ranks hold it: when they have died, recv says so

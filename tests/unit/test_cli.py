@@ -70,6 +70,7 @@ INSPECTING = {"check", "preview", "evaluate", "predict", "export"}
         ["recipes", "copy"],
         ["schema"],
         ["doctor"],
+        ["plan"],
         *(["launch", kind] for kind in ("slurm", "kubernetes", "accelerate", "torchrun")),
         *([name] for name in sorted(INSPECTING)),
     ],
@@ -88,6 +89,7 @@ def test_every_command_is_in_the_test_of_examples() -> None:
             "train",
             "recipes",
             "launch",
+            "plan",
             "schema",
             "doctor",
         }
