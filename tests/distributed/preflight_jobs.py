@@ -3,7 +3,7 @@ as a launcher starts them (or the launcher itself), files, mounts, limits, route
 this machine cannot have (accelerators, a wrong clock, another Python) is put into the rank's `Probe` by code that runs
 in the rank before the preflight does.
 
-tests/distributed/test_preflight.py runs a few of them, bench/preflight_faults.py all."""
+tests/distributed/test_preflight_ranks.py runs a few of them, bench/preflight_faults.py all."""
 
 from __future__ import annotations
 

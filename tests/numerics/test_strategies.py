@@ -259,7 +259,8 @@ def test_a_resumed_run_ends_with_the_same_bits(workshop: Path, pools: Pools, str
 @pytest.mark.parametrize(
     ("saved", "continued"),
     [("ddp", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "zero1"), ("zero1", "single"), ("fsdp2", "fsdp2x4"),
-     ("zero3", "zero3x4"), ("zero2", "ddpx4"), ("single", "zero2")],
+     ("single", "zero2"), pytest.param("zero3", "zero3x4", marks=pytest.mark.slow),
+     pytest.param("zero2", "ddpx4", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_run_goes_on_with_another_engine(
     workshop: Path, pools: Pools, train: Run, saved: str, continued: str

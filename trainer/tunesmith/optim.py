@@ -186,20 +186,29 @@ def scaled(optimizer: Optimizer, coefficient: Tensor, skip: Tensor) -> Generator
         return
     suppressed, factor = torch.stack([(skip != 0).double(), coefficient.double()]).tolist()
 
+    held: list[tuple[Tensor, Tensor]] = []
+
     def prepare(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if suppressed:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None  # a parameter without a gradient is left alone
+            for parameter in parameters:  # one without a gradient is left alone
+                held.append((parameter, parameter.grad))
+                parameter.grad = None
         elif factor != 1.0:
+            grads = [p.grad for p in parameters]
             torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
-    hook = optimizer.register_step_pre_hook(prepare)
+    def restore(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, grad in held:
+            parameter.grad = grad
+        held.clear()
+
+    hooks = optimizer.register_step_pre_hook(prepare), optimizer.register_step_post_hook(restore)
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
