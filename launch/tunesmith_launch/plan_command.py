@@ -59,7 +59,9 @@ def plan(
     found = inspect(loaded.recipe, loaded.base)
     for key in ("tensor_parallel_size", "sequence_parallel_size", "shard_size"):
         if getattr(loaded.recipe.parallel, key, 1) not in {1, None}:
-            found.notes.append(f"the recipe's parallel.{key} is not among the rows: no layer or sequence is split")
+            found.notes.append(
+                f"the recipe's parallel.{key} is not among the rows: no layer or sequence is split"
+            )
     kind = "cpu" if gpu == "cpu" else "cuda"
     rows = table(found, gpus, gpus_per_node, DEVICES[gpu], gpu_memory * GIB, kind)
     best = recommend(rows)

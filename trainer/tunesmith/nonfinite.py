@@ -28,7 +28,7 @@ def explain_nonfinite(engine: Engine, stream: Stream, step: int, seed: int) -> s
 
         def rehearse(row: int | None, micro_step: int = micro_step) -> Rehearsal:
             batch = stream.batch([] if row is None else [[row]], epoch, int(window[0]))
-            seed_generators(seed, step, micro_step, engine.draw_rank)
+            seed_generators(seed, step, micro_step, engine.draw_rank, engine.device)
             return engine.rehearse(batch, ones)
 
         rehearsal = rehearse(row)

@@ -31,11 +31,14 @@ class StepResult:
     overflow: Tensor  # 0-dim fp32: 1 where this update was skipped to lower fp16's loss scale
 
 
-def seed_generators(seed: int, step: int, micro_step: int, rank: int) -> None:
+def seed_generators(seed: int, step: int, micro_step: int, rank: int, device: torch.device) -> None:
     """Dropout and the like are a pure function of the place in the run: a resumed run draws what the whole run
     would have drawn, and no generator state has to be saved."""
     key = int(raw(1, seed, step, micro_step, rank, Salt.MODEL)[0])
-    torch.manual_seed(key & (2**63 - 1))
+    # not torch.manual_seed, which formats the stack for every kind of device that is not there: 0.7 ms
+    torch.default_generator.manual_seed(key & (2**63 - 1))
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(key & (2**63 - 1))
     np.random.seed(key & 0xFFFFFFFF)
     random.seed(key)
 
@@ -63,7 +66,7 @@ def train_step(
 
     parts = torch.zeros(len(terms), device=engine.device)
     for micro_step, batch in enumerate(batches):
-        seed_generators(seed, step, micro_step, engine.draw_rank)
+        seed_generators(seed, step, micro_step, engine.draw_rank, engine.device)
         with engine.accumulate(last=micro_step == len(batches) - 1):
             loss: Loss = engine.forward(batch, "loss", normalizers)  # total: 0-dim, parts: [terms]
             engine.backward(scale.apply(loss.total))
