@@ -135,9 +135,9 @@ def _bare_fsdp2(model: Any, settings: Recipe, clock: Clock) -> Contestant:
 def _bare_deepspeed(model: Any, settings: Recipe, clock: Clock) -> Contestant:
     import deepspeed
 
-    from tunesmith.engine.zero import _config
+    from tunesmith.engine.zero_config import config as zero_config
 
-    config = _config(int(settings.parallel.strategy[-1]), settings.parallel, dist.get_world_size())
+    config = zero_config(int(settings.parallel.strategy[-1]), settings.parallel, dist.get_world_size())
     config |= {"gradient_clipping": MAX_NORM}
     config["zero_optimization"].pop("compute_grad_norm", None)
     engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, settings), config=config)

@@ -88,6 +88,25 @@ WHOLE = Layout(16)
 ACCUMULATED = Layout(2)  # 8 micro-batches
 RANKS = Layout(4, world_size=2)  # 2 micro-batches on each of two ranks
 
+TWO = Layout(4, world_size=2)
+FOUR = Layout(2, world_size=4)
+ALONE = Layout(8)
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "zero1": {"strategy": "zero1"},
+    "zero2": {"strategy": "zero2"},
+    "zero3": {"strategy": "zero3"},
+    "fsdp2": {"strategy": "fsdp2"},
+}
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "zero1-offload": {"strategy": "zero1", "offload_optimizer": True},
+    "zero2-offload": {"strategy": "zero2", "offload_optimizer": True},
+    "zero3-offload": {"strategy": "zero3", "offload_optimizer": True, "offload_parameters": True},
+    "fsdp2-offload": {"strategy": "fsdp2", "offload": True},
+}
+SPLIT = {"strategy": "fsdp2", "tensor_parallel_size": 2}
+SHARED = {"strategy": "fsdp2", "sequence_parallel_size": 2}
+
 
 @dataclass(frozen=True)
 class Result:

@@ -41,22 +41,22 @@ _SABOTAGE = {
     ),
     "zero1": (
         "import tunesmith.engine.zero as zero\n"
-        "made = zero._config\n"
+        "made = zero.config\n"
         "def config(*args):\n"
         "    found = made(*args)\n"
         "    found['zero_optimization']['stage'] = 2\n"
         "    return found\n"
-        "zero._config = config",
+        "zero.config = config",
         "zero1 did not engage: rank 0: DeepSpeed runs stage 2",
     ),
     "zero2": (
         "import tunesmith.engine.zero as zero\n"
-        "made = zero._config\n"
+        "made = zero.config\n"
         "def config(*args):\n"
         "    found = made(*args) | {'gradient_clipping': 1.0}\n"
         "    found['zero_optimization']['compute_grad_norm'] = True\n"
         "    return found\n"
-        "zero._config = config",
+        "zero.config = config",
         "DeepSpeed clips by itself",
     ),
     "zero3": (

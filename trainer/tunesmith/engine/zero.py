@@ -7,9 +7,7 @@ suppression of a step reach DeepSpeed's slices through our optimizer, so DeepSpe
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from datetime import timedelta
@@ -25,6 +23,7 @@ from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Piece, Saved, State
 from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.engine.ranks import RankedEngine
+from tunesmith.engine.zero_config import config, quiet
 from tunesmith.engine.zero_slices import Slice, slices
 from tunesmith.errors import MissingExtra
 from tunesmith.gradients import local_square_sum
@@ -32,11 +31,6 @@ from tunesmith.module import Loss, TrainModule
 from tunesmith.recipe.optim import Optim
 from tunesmith.recipe.parallel import Zero1, Zero2, Zero3
 from tunesmith.shapes import whole_shape
-
-_BUCKET = 50_000_000  # elements: 200 MB in fp32; DeepSpeed's own 500 M would be 2 GB
-_PERSISTED = (
-    1_000  # ZeRO-3 leaves parameters up to this many elements whole: biases and norms of small models
-)
 
 
 class ZeroEngine(RankedEngine):
@@ -47,7 +41,7 @@ class ZeroEngine(RankedEngine):
             os.environ["DS_ACCELERATOR"] = "cpu"
             # with it accelerate trains without DeepSpeed, and says nothing
             os.environ.pop("ACCELERATE_USE_CPU", None)
-        _quiet()
+        quiet()
         try:
             import deepspeed.ops
         except ImportError:
@@ -65,7 +59,7 @@ class ZeroEngine(RankedEngine):
         backend = "gloo" if device_type == "cpu" else None
         handler = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=settings.timeout))
         world_size = int(os.environ["WORLD_SIZE"])
-        plugin = DeepSpeedPlugin(hf_ds_config=_config(self.stage, settings, world_size))
+        plugin = DeepSpeedPlugin(hf_ds_config=config(self.stage, settings, world_size))
         with redirect_stdout(StringIO()):  # it prints what it has built
             self.accelerator: Any = Accelerator(
                 mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[handler]
@@ -259,42 +253,6 @@ class ZeroEngine(RankedEngine):
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _quiet() -> None:
-    """DeepSpeed tells of every step of its own start, and calls functions that torch means to rename."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-
-
-def _config(stage: int, settings: Zero1 | Zero2 | Zero3, world_size: int) -> dict[str, Any]:
-    offload = settings.offload_optimizer
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "reduce_bucket_size": _BUCKET,
-        "offload_optimizer": {"device": "cpu" if offload else "none"},
-    }
-    match settings:
-        case Zero3(offload_parameters=offload_parameters):
-            zero |= {
-                "stage3_param_persistence_threshold": _PERSISTED,
-                "stage3_prefetch_bucket_size": _BUCKET,
-                "offload_param": {"device": "cpu" if offload_parameters else "none"},
-            }
-        case Zero1() | Zero2():
-            # the norm is ours; with offload DeepSpeed takes its own on the way
-            zero |= {"allgather_bucket_size": _BUCKET, "compute_grad_norm": offload}
-    return {
-        # counted by us: DeepSpeed is told of every boundary
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": world_size,
-        "gradient_clipping": 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        # else accelerate swaps any optimizer for DeepSpeedCPUAdam where the state is offloaded
-        "zero_force_ds_cpu_optimizer": False,
-    }
 
 
 def _reached(loss: Tensor) -> set[int]:
