@@ -6,10 +6,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from objective_cases import ADAMW, CASES, WHOLE, Layout, Run, apart, assert_same_curves, recipe
+from objective_cases import (
+    ADAMW,
+    CASES,
+    SHARDED,
+    SHARED,
+    SPLIT,
+    WHOLE,
+    Layout,
+    Run,
+    apart,
+    assert_same_curves,
+    recipe,
+)
 from tunesmith.recipe.load import dump_recipe
 
 # A driver breaks one thing in the library below an engine, and trains: the run must stop.
@@ -91,6 +104,13 @@ def test_an_engine_that_did_not_engage_stops_the_run(workshop: Path, tmp_path: P
 def alone() -> dict[str, str]:
     launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return {k: v for k, v in os.environ.items() if k not in launched} | {"TUNESMITH_DEVICE": "cpu"}
+
+
+@pytest.mark.parametrize("strategy", [{"strategy": "ddp"}, *SHARDED.values(), SPLIT, SHARED], ids=str)
+def test_the_timeout_bounds_every_process_group(train: Run, strategy: dict[str, Any]) -> None:
+    """Also the groups that meshes and DeepSpeed make: there the collectives of a step run."""
+    two = train("sft", ADAMW, Layout(4, 2), 1, parallel={**strategy, "timeout": 77.0})
+    assert two.facts["collective_timeouts"] == [77.0]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "fsdp2"])

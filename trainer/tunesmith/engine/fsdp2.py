@@ -88,6 +88,7 @@ class FSDP2Engine(RankedEngine):
         for part in module.modules():  # buffers are computed with, wherever the shards are
             for name, buffer in list(part.named_buffers(recurse=False)):
                 setattr(part, name, buffer.to(self.device))
+        self._bound_collectives(self.settings.timeout)
         self._agreed(self._fault)
         # views of the shards' memory: where the optimizer writes is what the next gather reads
         self._locals = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -43,6 +44,19 @@ class RankedEngine(SingleEngine):
         if told:
             raise MachineError(f"parallel.strategy: {self.name} did not engage: {told[0]}")
 
+    def _bound_collectives(self, seconds: float) -> None:
+        """`parallel.timeout` for every process group there is: those that fully_shard's mesh and DeepSpeed make for
+        themselves have torch's 10 or 30 minutes. Called when the module is wrapped."""
+        torch_distributed = cast(Any, dist.distributed_c10d)
+        for group in list(torch_distributed._world.pg_map):
+            torch_distributed._set_pg_timeout(timedelta(seconds=seconds), group)
+
+    def _timeouts(self) -> list[float]:
+        """Of the process groups, in seconds, as their backends have them; each once."""
+        groups = list(cast(Any, dist.distributed_c10d)._world.pg_map)
+        backends = [group._get_backend(torch.device(self.device.type)) for group in groups]
+        return sorted({backend.options._timeout.total_seconds() for backend in backends})
+
     def sum(self, values: Tensor) -> Tensor:
         values = values.to(self.device)
         dist.all_reduce(values)
@@ -77,6 +91,7 @@ class RankedEngine(SingleEngine):
             "engine": self.name,
             "wrapped_by": type(self.module).__name__,
             "backend": dist.get_backend(),
+            "collective_timeouts": self._timeouts(),
             "world_size": self.world_size,
             "data_parallel_size": self.data_size,
             "device": str(self.device),

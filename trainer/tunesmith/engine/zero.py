@@ -73,6 +73,7 @@ class ZeroEngine(RankedEngine):
         self._engine: Any = self.accelerator.prepare(module, self.optimizer)[0]
         self.module = cast(nn.Module, self._engine)
         self._zero: Any = getattr(self._engine, "optimizer", None)
+        self._bound_collectives(self.settings.timeout)
         self._agreed(self._fault)
 
     def _fault(self) -> str | None:
