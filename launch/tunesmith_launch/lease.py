@@ -82,12 +82,14 @@ class Wire:
 
 @dataclass(slots=True)
 class Machine:
-    """Another machine. `silent`: seconds, None until it has called; `over`: it has said farewell."""
+    """Another machine. `silent`: seconds, None until it has called; `over`: it has said farewell; `closed`: its own
+    end of the connection is closed."""
 
     number: int
     node: str = "?"
     silent: float | None = None
     over: bool = False
+    closed: bool = False
     ranks: list[Witness] = field(default_factory=list[Witness])
     wire: Wire | None = None
 
@@ -141,11 +143,11 @@ class Lease:
         patience = min(self._patience, 4 * INTERVAL) if suspicious else self._patience
         found: list[Lost] = []
         for m in self.machines.values():
-            closed = m.silent is not None and m.wire is None
+            hung_up = m.silent is not None and m.wire is None
             silent = m.silent is not None and m.silent > patience
-            if not m.over and (silent or (suspicious and (closed or m.silent is None))):
+            if not m.over and (silent or (suspicious and (hung_up or m.silent is None))):
                 found.append(
-                    Lost(m.number, m.node, m.silent, m.number * self._cluster.processes_here, closed)
+                    Lost(m.number, m.node, m.silent, m.number * self._cluster.processes_here, m.closed)
                 )
         return found
 
@@ -203,7 +205,10 @@ class Lease:
         try:
             for message in wire.hear():
                 self._heard(wire, message)
-        except OSError:
+        except OSError as error:
+            for machine in self.machines.values():
+                # said by its kernel, unlike a time-out of our own
+                machine.closed |= machine.wire is wire and isinstance(error, ConnectionError)
             self._hang_up(wire)
         except (ValueError, KeyError, TypeError) as error:
             what = f"{type(error).__name__}: {error}"
@@ -228,7 +233,7 @@ class Lease:
             machine = next((m for m in self.machines.values() if m.wire is wire), None)
             if machine is None:
                 raise ValueError("a stranger")
-        machine.silent = 0.0
+        machine.silent, machine.closed = 0.0, False
         if "ending" in message:
             ending = Ending(**message["ending"])
             if self._cluster.machine_rank == 0:

@@ -96,7 +96,7 @@ class Witness:
 @dataclass(frozen=True, slots=True)
 class Lost:
     """A machine that is not heard any more; `silent` in seconds, None where it never called; `closed`: its
-    connection ended without a farewell."""
+    own end of the connection is closed, without a farewell."""
 
     machine: int
     node: str
@@ -107,12 +107,8 @@ class Lost:
     def __str__(self) -> str:
         if self.silent is None:
             return f"machine {self.machine} never called"
-        closed = (
-            self.closed and self.silent < SILENCE
-        )  # after that, by our own end, to which it did not answer
-        how = (
-            "it has closed the connection" if closed else f"nothing was heard from it for {self.silent:.0f} s"
-        )
+        silence = f"nothing was heard from it for {self.silent:.0f} s"
+        how = "it has closed the connection" if self.closed else silence
         return f"machine {self.machine} ({self.node}) is lost: {how}"
 
 
