@@ -108,29 +108,8 @@ def load_model(
 ) -> Loaded:
     """The model with the objective's head, in fp32 on the CPU. New weights are drawn by `seed`. `empty`: on the meta
     device, to be sharded; then `fill` loads."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
     path = None if settings.model_name_or_path is None else resolve_path(settings.model_name_or_path, base)
-    fields = {name: value for name, value in settings.config.items() if name != "model_type"}
-    fields |= objective.config_overrides()
-    if path is None:
-        fields = {"vocab_size": len(tokenizer), **_special_ids(tokenizer), **fields}
-        try:
-            config: Any = AutoConfig.for_model(settings.config["model_type"], **fields)
-        except (ValueError, StrictDataclassError) as error:
-            raise UserError(f"model.config: {_one_line(error)}") from None
-    else:
-        try:
-            config = AutoConfig.from_pretrained(
-                path, revision=settings.revision, trust_remote_code=settings.trust_remote_code, **fields
-            )
-        except StrictDataclassError as error:
-            raise UserError(f"model.config: {_one_line(error)}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"model.model_name_or_path: {settings.model_name_or_path} does not load: {_first_line(error)}"
-            ) from None
+    config = _config(settings, path, objective, tokenizer)
     loaded = Loaded(None)
     if unknown := sorted(set(settings.config) - _config_fields(type(config))):
         raise UserError(f"model.config: {type(config).__name__} has no {', '.join(unknown)}")
@@ -167,6 +146,33 @@ def load_model(
         "attn_implementation": attention,
     }
     return loaded
+
+
+def _config(settings: Model, path: str | None, objective: Objective, tokenizer: Any) -> Any:
+    """The model's config with the recipe's and the objective's fields in it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    fields = {name: value for name, value in settings.config.items() if name != "model_type"}
+    fields |= objective.config_overrides()
+    if path is None:
+        fields = {"vocab_size": len(tokenizer), **_special_ids(tokenizer), **fields}
+        try:
+            config: Any = AutoConfig.for_model(settings.config["model_type"], **fields)
+        except (ValueError, StrictDataclassError) as error:
+            raise UserError(f"model.config: {_one_line(error)}") from None
+    else:
+        try:
+            config = AutoConfig.from_pretrained(
+                path, revision=settings.revision, trust_remote_code=settings.trust_remote_code, **fields
+            )
+        except StrictDataclassError as error:
+            raise UserError(f"model.config: {_one_line(error)}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.model_name_or_path: {settings.model_name_or_path} does not load: {_first_line(error)}"
+            ) from None
+    return config
 
 
 def _config_fields(config_class: Any) -> set[str]:
