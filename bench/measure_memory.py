@@ -205,9 +205,9 @@ def _buckets(case: Case) -> Iterator[None]:
     if case.bucket is None:
         yield
         return
-    from tunesmith.engine import zero
+    from tunesmith.engine import zero_config
 
-    module: Any = zero
+    module: Any = zero_config
     before, module._BUCKET = module._BUCKET, case.bucket
     try:
         yield

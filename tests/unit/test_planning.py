@@ -154,11 +154,11 @@ def test_zero3_lets_go_of_all_that_it_gathers() -> None:
 
 
 def test_the_engine_has_the_numbers_that_are_planned_with() -> None:
-    from tunesmith.engine import zero
+    from tunesmith.engine import zero_config
     from tunesmith.planning import zero_gather
 
-    assert vars(zero)["_BUCKET"] == Setup(SINGLE, 1, 1, False).bucket
-    assert vars(zero)["_PERSISTED"] == vars(zero_gather)["_PERSISTED"]
+    assert vars(zero_config)["_BUCKET"] == Setup(SINGLE, 1, 1, False).bucket
+    assert vars(zero_config)["_PERSISTED"] == vars(zero_gather)["_PERSISTED"]
 
 
 def test_auto_is_the_simplest_that_fits() -> None:

@@ -10,7 +10,7 @@ from tunesmith.planning.workload import Parameter, Workload
 
 _LIVE = 1_000_000_000  # stage3_max_live_parameters, DeepSpeed's default: prefetching stops there
 _REUSE = 1_000_000_000  # stage3_max_reuse_distance: what is used again within so many elements stays
-_PERSISTED = 1_000  # stage3_param_persistence_threshold: whole all the time (tunesmith.engine.zero)
+_PERSISTED = 1_000  # stage3_param_persistence_threshold: whole all the time (tunesmith.engine.zero_config)
 
 
 EMBEDDING, HEAD = "first", "last"
