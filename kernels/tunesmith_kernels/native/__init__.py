@@ -21,13 +21,14 @@ from pathlib import Path
 
 _SOURCES = Path(__file__).parent
 # no -ffast-math: it would flush subnormals to zero in the whole process, and hide non-finite numbers
-_FLAGS = (
-    "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fPIC -shared -Wall -Wextra".split()
-)
+_FLAGS = [
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fPIC", "-shared", "-Wall", "-Wextra"),
+]
 _BUILD_SECONDS = 300
 
 
-class Unavailable(RuntimeError):
+class Unavailable(RuntimeError):  # noqa: N818
     """There is no native library here; the message is the reason, in one line."""
 
 

@@ -1,0 +1,1 @@
+"""Losses of a linear head, without its logits: cross-entropy and distillation."""

@@ -1,0 +1,294 @@
+"""Linear cross-entropy: hidden states × head weight → loss and gradients, never the whole logits.
+
+The formula is in `rows`, the chunks are in `chunks`. This file has the public function, its checks, the torch.library
+operator and its autograd."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tunesmith_kernels.linear_loss import reference
+from tunesmith_kernels.linear_loss.backends import Backend, choose, row_kernel
+from tunesmith_kernels.linear_loss.checks import as_rows, check, check_range, constant, flat_target
+from tunesmith_kernels.linear_loss.chunks import Problem, Wanted, compute, remaining
+from tunesmith_kernels.linear_loss.rows import OUTPUTS, RowOptions, RowOutputs
+
+
+class Stats(NamedTuple):
+    """Per row, detached, in target's shape [...] (soft targets: hidden's without its last dimension); 0 and False
+    where the target is ignored.
+
+    log_prob: fp32, log-probability of the target (soft: Σ q·log p). entropy: fp32, of the prediction, in nats.
+    lse: fp32, log Σ exp(logits). correct: bool, no class is likelier than the target. counted: bool, not ignored.
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+    lse: Tensor
+    correct: Tensor
+    counted: Tensor
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    normalizer: Tensor | None = None,
+    reduction: Literal["sum", "none"] = "sum",
+    class_weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    focal_gamma: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    backend: Backend | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """The cross-entropy of a linear head: a 0-dim fp32 tensor, or fp32 in target's shape for `reduction="none"`; with
+    `return_stats`, a pair (loss, Stats).
+
+    Equal to `F.cross_entropy(logits.float(), target, …)` with logits = cap·tanh(scale·(hidden·weightᵀ + bias)/cap), and
+    the terms of the formula in `tunesmith_kernels.linear_loss.rows`. The product and the logits are in hidden's dtype
+    (under autocast, in autocast's), all else is fp32; the gradients are in the dtypes of their tensors.
+
+    hidden: [..., H] fp32, bf16 or fp16. weight: [V, H]; bias: [V].
+    target: int64 [...], 0..V−1 or `ignore_index`; or floating [..., V], a distribution per row ("soft").
+    normalizer: 0-dim, what the sum is divided by: the labelled units of the global batch, so that micro-batches add up
+        to the gradient of the whole. None divides by nothing; there is no mean, since its count would be hidden.
+    class_weight: [V]; token_weight: [...]; label_smoothing: in [0, 1); z_loss: factor of Σ lse²; focal_gamma: ≥ 0, not
+        with soft targets; softcap: > 0.
+    backend: "reference" (whole logits, autograd), "torch" (chunks, torch's operators), "cpu" (chunks, C++), "triton";
+        None chooses: see `tunesmith_kernels.explain`.
+
+    The gradients are computed in the forward and scaled in the backward; with `reduction="none"` the logits are
+    computed a second time there. A gradient that nothing asks for (a frozen head, frozen hidden states) is not
+    computed. A second backward through the same loss raises or is right; double backward raises. Nothing of the
+    caller's is written to.
+
+    Raises ValueError for shapes, dtypes and combinations that this does not have. A target outside 0..V−1 raises
+    IndexError on the CPU; on a GPU its loss is NaN.
+    """
+    options = RowOptions(label_smoothing, z_loss, focal_gamma, softcap or 0.0, scale)
+    check(hidden, weight, target, bias, options, softcap)
+    if reduction not in ("sum", "none"):
+        raise ValueError(
+            f'linear_cross_entropy: reduction is "sum" or "none", not {reduction!r}: no hidden mean'
+        )
+    rows = hidden.shape[:-1]
+    flat = as_rows(hidden)
+    problem = Problem(
+        flat,
+        weight,
+        bias,
+        flat_target(target, flat),
+        constant("class_weight", class_weight, (weight.shape[0],), flat),
+        constant("token_weight", token_weight, rows, flat),
+        ignore_index,
+        options,
+    )
+    factor = constant("normalizer", normalizer, (), flat)
+    factor = None if factor is None else factor.reciprocal()
+    name = choose(flat, backend)
+    if name == "reference":
+        losses, outputs = reference.losses(problem)
+        losses = losses if factor is None else losses * factor
+        loss = losses.sum() if reduction == "sum" else losses
+    else:
+        loss, outputs = _chunked(problem, factor, reduction, name)
+    loss = loss if reduction == "sum" else loss.reshape(rows)
+    return (loss, _stats(problem, outputs, rows)) if return_stats else loss
+
+
+def _stats(problem: Problem, outputs: RowOutputs, rows: torch.Size) -> Stats:
+    target = problem.target
+    kept = (
+        target != problem.ignore_index
+        if target.ndim == 1
+        else torch.ones_like(target[:, 0], dtype=torch.bool)
+    )
+    values = outputs.log_prob, outputs.entropy, outputs.lse, outputs.correct, kept
+    return Stats(*(value.reshape(rows) for value in values))
+
+
+def _chunked(
+    problem: Problem, factor: Tensor | None, reduction: str, backend: str
+) -> tuple[Tensor, RowOutputs]:
+    options = problem.options
+    numbers = (
+        problem.ignore_index,
+        options.label_smoothing,
+        options.z_loss,
+        options.focal_gamma,
+        options.softcap,
+        options.scale,
+        backend,
+    )
+    function = _Sum if reduction == "sum" else _Each
+    loss, *stats = cast(
+        tuple[Tensor, ...],
+        function.apply(
+            problem.hidden,
+            problem.weight,
+            problem.bias,
+            problem.target,
+            problem.class_weight,
+            problem.token_weight,
+            factor,
+            numbers,
+            _wanted(problem),
+        ),
+    )
+    return loss, RowOutputs(loss.detach(), *stats)
+
+
+def _wanted(problem: Problem) -> tuple[bool, bool, bool]:
+    on = torch.is_grad_enabled()
+    bias = problem.bias is not None and problem.bias.requires_grad
+    return on and problem.hidden.requires_grad, on and problem.weight.requires_grad, on and bias
+
+
+class _Sum(torch.autograd.Function):
+    """Σ factor·loss, its gradients computed on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *tensors, numbers, wanted = args
+        ctx.set_materialize_grads(False)
+        losses, *rest = _operator(*tensors, *numbers, *wanted)
+        stats, gradients = rest[:4], rest[4:]
+        ctx.save_for_backward(*gradients)
+        ctx.wanted, ctx.dtypes = wanted, [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
+        ctx.mark_non_differentiable(*stats)
+        total = losses.sum()
+        factor = tensors[6]
+        return total if factor is None else total * factor, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad: Tensor | None = grads[0]
+        if grad is None:
+            return (None,) * 9
+        found: list[Tensor | None] = []
+        for wanted, dtype, gradient in zip(ctx.wanted, ctx.dtypes, ctx.saved_tensors, strict=True):
+            found.append(_scaled(gradient, grad, remaining(ctx.dtypes[0])).to(dtype) if wanted else None)
+        return *found, *(None,) * 6
+
+
+def _scaled(gradient: Tensor, grad: Tensor, remaining: float) -> Tensor:
+    """gradient × grad × remaining, in gradient's own memory where that is worth it: a head's gradient may be the
+    largest tensor of the step. torch raises at a second backward then, since a saved tensor was written to."""
+    if torch.compiler.is_compiling():
+        return gradient * (grad * remaining)
+    if not grad.is_cuda and grad.item() * remaining == 1.0:
+        return gradient
+    return gradient.mul_(grad * remaining)
+
+
+class _Each(torch.autograd.Function):
+    """factor·loss of each row. Their upstream gradients are known in the backward only, which computes the logits a
+    second time."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *tensors, numbers, wanted = args
+        ctx.set_materialize_grads(False)
+        losses, *rest = _operator(*tensors, *numbers, False, False, False)
+        ctx.save_for_backward(*tensors)
+        ctx.numbers, ctx.wanted = numbers, wanted
+        ctx.mark_non_differentiable(*rest[:4])
+        return losses if tensors[6] is None else losses * tensors[6], *rest[:4]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad: Tensor | None = grads[0]
+        if grad is None:
+            return (None,) * 9
+        *tensors, factor = ctx.saved_tensors
+        factor = grad.float() if factor is None else grad.float() * factor
+        gradients = _operator(*tensors, factor, *ctx.numbers, *ctx.wanted)[5:]
+        found: list[Tensor | None] = []
+        for wanted, tensor, gradient in zip(ctx.wanted, tensors[:3], gradients, strict=True):
+            scale = remaining(tensors[0].dtype)
+            found.append(
+                (gradient if scale == 1.0 else gradient * scale).to(tensor.dtype) if wanted else None
+            )
+        return *found, *(None,) * 6
+
+
+@torch.library.custom_op("tunesmith::linear_cross_entropy", mutates_args=())
+def _operator(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
+    factor: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    focal_gamma: float,
+    softcap: float,
+    scale: float,
+    backend: str,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, log_prob, entropy, lse, correct [N]; gradients of hidden, weight and bias, empty where not wanted."""
+    options = RowOptions(label_smoothing, z_loss, focal_gamma, softcap, scale)
+    problem = Problem(hidden, weight, bias, target, class_weight, token_weight, ignore_index, options)
+    check_range(problem)
+    outputs = _new_outputs(hidden, torch.Tensor.new_zeros)
+    wanted = Wanted(want_hidden, want_weight, want_bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        found = compute(problem, row_kernel(backend), wanted, factor, outputs)
+    return *(getattr(outputs, name) for name in OUTPUTS), found.hidden, found.weight, found.bias
+
+
+@_operator.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
+    factor: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    focal_gamma: float,
+    softcap: float,
+    scale: float,
+    backend: str,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _new_outputs(hidden, torch.Tensor.new_empty)
+    keep = torch.float32 if hidden.dtype == torch.float16 else weight.dtype
+    gradients = (
+        torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
+        weight.new_empty(weight.shape if want_weight else 0, dtype=keep),
+        weight.new_empty(
+            weight.shape[0] if want_bias else 0, dtype=weight.dtype if bias is None else bias.dtype
+        ),
+    )
+    return *(getattr(outputs, name) for name in OUTPUTS), *gradients
+
+
+def _new_outputs(hidden: Tensor, new: Any) -> RowOutputs:
+    rows = hidden.shape[0]
+    loss, log_prob, entropy, lse = (new(hidden, (rows,), dtype=torch.float32) for _ in OUTPUTS[:-1])
+    return RowOutputs(loss, log_prob, entropy, lse, new(hidden, (rows,), dtype=torch.bool))

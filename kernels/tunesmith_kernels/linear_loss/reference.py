@@ -1,0 +1,50 @@
+"""Linear cross-entropy as one writes it down: the whole logits, autograd. What the other paths are held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tunesmith_kernels.linear_loss.chunks import Problem
+from tunesmith_kernels.linear_loss.rows import RowOutputs
+
+
+def losses(problem: Problem) -> tuple[Tensor, RowOutputs]:
+    """The rows' losses [N] with gradient, and the outputs; ignored rows are 0. Logits are hidden's dtype, all that
+    follows is fp32 (fp64 for fp64)."""
+    options, target = problem.options, problem.target
+    x = torch.nn.functional.linear(
+        problem.hidden,
+        problem.weight.to(problem.hidden.dtype),
+        None if problem.bias is None else problem.bias.to(problem.hidden.dtype),
+    )
+    z = (x if x.dtype == torch.float64 else x.float()) * options.scale
+    if options.softcap:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    lse = torch.logsumexp(z, dim=1)
+    log_s = z - lse[:, None]
+    soft = target.is_floating_point()
+    kept = torch.ones_like(lse, dtype=torch.bool) if soft else target != problem.ignore_index
+    label = target.argmax(dim=1) if soft else target.where(kept, 0)
+    q = target.to(z.dtype) if soft else torch.nn.functional.one_hot(label, z.shape[1]).to(z.dtype)
+    log_prob = _dot(q, log_s)
+    a = (1 - options.label_smoothing) * q + options.label_smoothing / z.shape[1]
+    if problem.class_weight is not None:
+        a = a * problem.class_weight
+    ce = -_dot(a, log_s)
+    if options.focal_gamma:
+        ce = ce * (-torch.expm1(log_prob)) ** options.focal_gamma
+    loss = ce + options.z_loss * lse.square()
+    if problem.token_weight is not None:
+        loss = loss * problem.token_weight
+    with torch.no_grad():
+        correct = z.gather(1, label[:, None])[:, 0] >= z.amax(dim=1)
+        entropy = -_dot(log_s.exp(), log_s)
+        values = [value.detach().where(kept, 0) for value in (loss, log_prob, entropy, lse)]
+        outputs = RowOutputs(values[0], values[1], values[2], values[3], correct & kept)
+    return loss.where(kept, 0), outputs
+
+
+def _dot(a: Tensor, log_s: Tensor) -> Tensor:
+    """Σ_v a_v·log s_v by row, with 0·(−inf) = 0."""
+    return torch.where(a == 0, 0.0, a * log_s.where(a != 0, 0.0)).sum(dim=1)
