@@ -47,25 +47,27 @@ def check(
         raise _error("focal_gamma needs class targets: a distribution has no one probability to be sure of")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises ValueError for hidden states and a head that do not fit each other."""
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, whose: str = "") -> None:
+    """Raises ValueError for hidden states and a head that do not fit each other. whose: goes before their names."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if hasattr(tensor, "to_local"):
             raise _error(
-                f"{name} is a DTensor: gather it (full_tensor), or compute inside the sharded module"
+                f"{whose}{name} is a DTensor: gather it (full_tensor), or compute inside the sharded module"
             )
         if tensor.dtype not in _DTYPES:
-            raise _error(f"{name} is {_name(tensor.dtype)}: a quantised head has to be dequantised first")
+            raise _error(
+                f"{whose}{name} is {_name(tensor.dtype)}: a quantised head has to be dequantised first"
+            )
         if tensor.device != hidden.device:
-            raise _error(f"{name} is on {tensor.device}, hidden on {hidden.device}")
+            raise _error(f"{whose}{name} is on {tensor.device}, hidden on {hidden.device}")
     if weight.ndim != 2 or weight.shape[0] < 2:
-        raise _error(f"weight is [classes, features] with 2 classes or more, not {list(weight.shape)}")
+        raise _error(f"{whose}weight is [classes, features] with 2 classes or more, not {list(weight.shape)}")
     if hidden.ndim < 2 or hidden.shape[-1] != weight.shape[1]:
-        raise _error(f"hidden is [..., {weight.shape[1]}] for this weight, not {list(hidden.shape)}")
+        raise _error(f"{whose}hidden is [..., {weight.shape[1]}] for this weight, not {list(hidden.shape)}")
     if bias is not None and list(bias.shape) != [weight.shape[0]]:
-        raise _error(f"bias is [{weight.shape[0]}] for this weight, not {list(bias.shape)}")
+        raise _error(f"{whose}bias is [{weight.shape[0]}] for this weight, not {list(bias.shape)}")
 
 
 def check_range(problem: Problem) -> None:

@@ -83,23 +83,23 @@ def compute(
     factor: fp32, 0-dim or [N], on hidden's device: what a row's loss is multiplied by on its way to the sum.
     """
     hidden, vocab = problem.hidden, problem.weight.shape[0]
-    kept = _kept(problem.target, problem.ignore_index)
+    kept = kept_rows(problem.target, problem.ignore_index)
     rows = hidden.shape[0] if kept is None else kept.shape[0]
     size = chunk_rows(rows, vocab, hidden.element_size(), hidden.device.type)
     chunks = -(-rows // size) if rows else 0
-    sums = _Sums(problem, wanted, chunks, all_rows=kept is None)
+    sums = Sums(hidden, problem.weight, problem.bias, wanted, chunks, all_rows=kept is None)
     weight = problem.weight.to(hidden.dtype)
     bias = None if problem.bias is None else problem.bias.to(hidden.dtype)
     buffer = hidden.new_empty((min(size, rows), vocab))
-    row_factor = _row_factor(factor, problem.token_weight, hidden) if wanted else None
-    for part in _chunks(kept, rows, size):
+    row_factors = row_factor(factor, problem.token_weight, hidden) if wanted else None
+    for part in row_chunks(kept, rows, size):
         x, out = part.of(hidden), part.outputs(outputs)
         logits = buffer[: part.stop - part.start]
         if bias is None:
             torch.mm(x, weight.t(), out=logits)
         else:
             torch.addmm(bias, x, weight.t(), out=logits)
-        kernel(logits, part.inputs(problem, row_factor), problem.options, out)
+        kernel(logits, part.inputs(problem, row_factors), problem.options, out)
         part.put(out, outputs)
         if wanted:
             sums.add(part, logits, x, weight)
@@ -107,7 +107,9 @@ def compute(
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
+    """Rows start..stop of those that are kept."""
+
     start: int
     stop: int
     index: Tensor | None  # the rows' places in the batch; None: start..stop themselves
@@ -135,23 +137,23 @@ class _Chunk:
                 getattr(outputs, name).index_copy_(0, self.index, getattr(out, name))
 
 
-def _chunks(kept: Tensor | None, rows: int, size: int) -> Iterator[_Chunk]:
+def row_chunks(kept: Tensor | None, rows: int, size: int) -> Iterator[Chunk]:
     for start in range(0, rows, max(size, 1)):
         stop = min(start + size, rows)
-        yield _Chunk(start, stop, None if kept is None else kept[start:stop])
+        yield Chunk(start, stop, None if kept is None else kept[start:stop])
 
 
-def _kept(target: Tensor, ignore_index: int) -> Tensor | None:
+def kept_rows(target: Tensor, ignore_index: int) -> Tensor | None:
     """The rows that have a target; None where all have. On a GPU this waits for the device, once."""
     if target.is_floating_point():
         return None
     if target.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("linear_cross_entropy counts the labelled rows on the host: not in a CUDA graph")
+        raise RuntimeError("a linear loss counts the labelled rows on the host: not in a CUDA graph")
     kept = (target != ignore_index).nonzero()[:, 0]
     return None if kept.shape[0] == target.shape[0] else kept
 
 
-def _row_factor(factor: Tensor | None, token_weight: Tensor | None, hidden: Tensor) -> Tensor:
+def row_factor(factor: Tensor | None, token_weight: Tensor | None, hidden: Tensor) -> Tensor:
     rows = hidden.new_full((hidden.shape[0],), 1.0 / remaining(hidden.dtype), dtype=torch.float32)
     if factor is not None:
         rows *= factor
@@ -160,11 +162,19 @@ def _row_factor(factor: Tensor | None, token_weight: Tensor | None, hidden: Tens
     return rows
 
 
-class _Sums:
+class Sums:
     """The gradients while they are summed over the chunks."""
 
-    def __init__(self, problem: Problem, wanted: Wanted, chunks: int, *, all_rows: bool) -> None:
-        hidden, weight, bias = problem.hidden, problem.weight, problem.bias
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: Wanted,
+        chunks: int,
+        *,
+        all_rows: bool,
+    ) -> None:
         self.wanted = wanted
         fresh = torch.empty_like if all_rows else torch.zeros_like
         self.hidden = fresh(hidden) if wanted.hidden else hidden.new_empty(0)
@@ -177,7 +187,7 @@ class _Sums:
         self.bias = weight.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=torch.float32)
         self.bias_dtype = weight.dtype if bias is None else bias.dtype
 
-    def add(self, part: _Chunk, gradient: Tensor, x: Tensor, weight: Tensor) -> None:
+    def add(self, part: Chunk, gradient: Tensor, x: Tensor, weight: Tensor) -> None:
         """gradient [rows, V] of the chunk's logits, x [rows, H] its hidden states."""
         if self.wanted.hidden:
             if part.index is None:

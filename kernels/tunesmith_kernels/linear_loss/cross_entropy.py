@@ -179,11 +179,11 @@ class _Sum(torch.autograd.Function):
             return (None,) * 9
         found: list[Tensor | None] = []
         for wanted, dtype, gradient in zip(ctx.wanted, ctx.dtypes, ctx.saved_tensors, strict=True):
-            found.append(_scaled(gradient, grad, remaining(ctx.dtypes[0])).to(dtype) if wanted else None)
+            found.append(scaled(gradient, grad, remaining(ctx.dtypes[0])).to(dtype) if wanted else None)
         return *found, *(None,) * 6
 
 
-def _scaled(gradient: Tensor, grad: Tensor, remaining: float) -> Tensor:
+def scaled(gradient: Tensor, grad: Tensor, remaining: float) -> Tensor:
     """gradient × grad × remaining, in gradient's own memory where that is worth it: a head's gradient may be the
     largest tensor of the step. torch raises at a second backward then, since a saved tensor was written to."""
     if torch.compiler.is_compiling():

@@ -21,21 +21,22 @@ def native_rows(logits: Tensor, inputs: RowInputs, options: RowOptions, outputs:
         c_void_p(logits.data_ptr()),
         c_int64(logits.shape[0]),
         c_int64(logits.shape[1]),
-        _pointer(None if soft else inputs.target),
-        _pointer(inputs.target if soft else None),
-        _pointer(inputs.class_weight),
-        _pointer(inputs.token_weight),
-        _pointer(inputs.gradient_factor),
+        pointer(None if soft else inputs.target),
+        pointer(inputs.target if soft else None),
+        pointer(inputs.class_weight),
+        pointer(inputs.token_weight),
+        pointer(inputs.gradient_factor),
         c_float(options.label_smoothing),
         c_float(options.z_loss),
         c_float(options.focal_gamma),
         c_float(options.softcap),
         c_float(options.scale),
-        *(_pointer(getattr(outputs, name)) for name in OUTPUTS),
+        *(pointer(getattr(outputs, name)) for name in OUTPUTS),
     )
 
 
-def _pointer(tensor: Tensor | None) -> c_void_p:
+def pointer(tensor: Tensor | None) -> c_void_p:
+    """The address of a contiguous tensor's numbers; null for None."""
     if tensor is None:
         return c_void_p(None)
     assert tensor.is_contiguous()

@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "bf16.h"
+#include "logit_rows.h"
 #include "vector_math.h"
 
 namespace {
@@ -31,18 +31,6 @@ struct Results {
     bool correct;
 };
 
-inline float load(const float *row, int64_t i) { return row[i]; }
-inline float load(const uint16_t *row, int64_t i) { return bf16_to_float(row[i]); }
-inline void store(float *row, int64_t i, float value) { row[i] = value; }
-inline void store(uint16_t *row, int64_t i, float value) { row[i] = float_to_bf16(value); }
-
-// fp32 sums are closed after this many addends and gathered in fp64
-constexpr int64_t BLOCK = 1024;
-
-template <class Body> inline void in_blocks(int64_t begin, int64_t end, Body body) {
-    for (int64_t start = begin; start < end; start += BLOCK) body(start, std::min(start + BLOCK, end));
-}
-
 struct Sums {
     double total = 0;    // Σ exp(z − max)
     double weighted = 0; // Σ exp(z − max)·(z − max)
@@ -65,34 +53,6 @@ Sums exponentials(float *z, int64_t begin, int64_t end, float top) {
         sums.weighted += weighted;
     });
     return sums;
-}
-
-// z = cap·tanh(scale·x/cap) into scratch; ∂z/∂x into slope, where there is a cap. Returns Σ 0·z: NaN tells of a NaN.
-template <class T>
-float transform(const T *x, float *z, float *slope, int64_t vocab, const Options &o, float &top) {
-    float best = -std::numeric_limits<float>::infinity(), poison = 0;
-    if (o.softcap == 0) {
-#pragma omp simd reduction(max : best) reduction(+ : poison)
-        for (int64_t i = 0; i < vocab; ++i) {
-            const float value = load(x, i) * o.scale;
-            z[i] = value;
-            best = std::max(best, value);
-            poison += value != value ? 1.0f : 0.0f;
-        }
-    } else {
-        const float inward = o.scale / o.softcap;
-#pragma omp simd reduction(max : best) reduction(+ : poison)
-        for (int64_t i = 0; i < vocab; ++i) {
-            const float t = tanh_any(load(x, i) * inward);
-            const float value = o.softcap * t;
-            z[i] = value;
-            slope[i] = o.scale * (1.0f - t) * (1.0f + t);
-            best = std::max(best, value);
-            poison += value != value ? 1.0f : 0.0f;
-        }
-    }
-    top = best;
-    return poison;
 }
 
 // Σ a_v·(max − z_v) and Σ a_v over the classes, without the target's own (1−ε)·w; for soft targets also Σ q_v·(max − z_v)
@@ -170,7 +130,7 @@ template <class T> Results poisoned(T *x, const Row &row) {
 
 template <class T> Results compute(T *x, float *scratch, float *slope, const Row &row, const Options &o) {
     float top;
-    const float poison = transform(x, scratch, slope, row.vocab, o, top);
+    const float poison = transform(x, scratch, slope, row.vocab, o.softcap, o.scale, top);
     if (poison != 0 || !std::isfinite(top)) return poisoned(x, row);
 
     const float keep = 1.0f - o.label_smoothing, share = o.label_smoothing / static_cast<float>(row.vocab);
