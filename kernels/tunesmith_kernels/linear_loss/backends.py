@@ -19,18 +19,19 @@ def choose(hidden: Tensor, asked: str | None) -> Backend:
         return path_for(hidden.device, hidden.dtype)[0]
     for name in get_args(Backend):
         if name == asked:
-            if reason := _obstacle(name, hidden.device, hidden.dtype):
+            if reason := obstacle(name, hidden.device, hidden.dtype):
                 raise ValueError(f"linear loss: backend {asked} cannot run here: {reason}")
             return name
     raise ValueError(f"linear loss: no backend {asked!r}: one of {', '.join(get_args(Backend))}")
 
 
+@torch.compiler.assume_constant_result  # looks for a compiler and loads a library: nothing that dynamo could trace
 def path_for(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
     """The backend that is chosen for hidden states of a device and dtype, and why, in one line."""
     if dtype == torch.float64:
         return "reference", "fp64 has no kernel: the whole logits are computed"
     fast: Backend = "cpu" if device.type == "cpu" else "triton"
-    reason = _obstacle(fast, device, dtype)
+    reason = obstacle(fast, device, dtype)
     if reason is None:
         how = "C++ row kernel" if fast == "cpu" else "Triton row kernel"
         return fast, f"{how} on chunks of logits"
@@ -53,7 +54,8 @@ def row_kernel(backend: str) -> RowKernel:
             raise AssertionError(backend)
 
 
-def _obstacle(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+@torch.compiler.assume_constant_result
+def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run; None if it can."""
     match backend:
         case "reference":
