@@ -94,7 +94,7 @@ def flat_target(target: Tensor, hidden: Tensor) -> Tensor:
     """int64 [N] or fp32 (fp64 beside fp64) [N, V]."""
     if not target.is_floating_point():
         return target.reshape(-1).contiguous()
-    return target.reshape(hidden.shape[0], -1).to(_number_dtype(hidden)).contiguous()
+    return target.reshape(hidden.shape[0], target.shape[-1]).to(_number_dtype(hidden)).contiguous()
 
 
 def constant(name: str, value: Tensor | None, shape: Sequence[int], hidden: Tensor) -> Tensor | None:

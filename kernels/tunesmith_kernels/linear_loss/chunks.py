@@ -20,8 +20,9 @@ _CHUNK_BYTES = {"cpu": 52_000_000, "cuda": 512_000_000}
 _MIN_ROWS = {"cpu": 256, "cuda": 1024}
 # Sums over more chunks than this are kept in fp32 where the weight is not: each addition rounds once
 _MAX_ROUNDINGS = 8
-# fp16 has no exponents to spare: its gradients are kept near 1 until the caller's own scale is known
-_FP16_SCALE = 1024.0
+# fp16 has few exponents: gradients are kept near 1 until the caller's own scale is known. Not much above, since sums
+# over classes and weights of the rows come on top.
+_FP16_SCALE = 16.0
 _TILE_BYTES = 32_000_000
 
 
@@ -54,8 +55,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Gradients:
-    """hidden [N, H], weight [V, H], bias [V], in their parameters' dtypes (weight and bias may be in fp32); empty
-    where not wanted. Still to be multiplied by `remaining(hidden.dtype)`."""
+    """hidden [N, H], weight [V, H], bias [V], in their parameters' dtypes, but weight and bias in fp32 where hidden is
+    fp16; empty where not wanted. Still to be multiplied by `remaining(hidden.dtype)`."""
 
     hidden: Tensor
     weight: Tensor
@@ -213,7 +214,9 @@ class Sums:
         else:
             tile = max(64, _TILE_BYTES // (x.shape[1] * x.element_size()))
             for start in range(0, self.weight.shape[0], tile):
-                product = torch.mm(gradient[:, start : start + tile].t(), x)
+                part = gradient[:, start : start + tile].t()
+                # an fp16 sum over many rows would overflow
+                product = part.float() @ x.float() if x.dtype == torch.float16 else part @ x
                 own = self.weight[start : start + tile]
                 if self.started:
                     own.add_(product)
@@ -223,5 +226,6 @@ class Sums:
     def gradients(self) -> Gradients:
         if not self.started:  # every row is ignored
             self.weight.zero_()
-        keep = torch.float32 if self.hidden.dtype == torch.float16 else self.weight_dtype
-        return Gradients(self.hidden, self.weight.to(keep), self.bias.to(self.bias_dtype))
+        if self.hidden.dtype == torch.float16:
+            return Gradients(self.hidden, self.weight, self.bias)
+        return Gradients(self.hidden, self.weight.to(self.weight_dtype), self.bias.to(self.bias_dtype))

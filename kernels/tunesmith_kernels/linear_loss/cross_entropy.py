@@ -162,13 +162,15 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *tensors, numbers, wanted = args
         ctx.set_materialize_grads(False)
-        losses, *rest = _operator(*tensors, *numbers, *wanted)
+        *tensors, factor = tensors
+        # fp16 has no exponents for 1 / (a million tokens): the factor waits for the caller's scale
+        late = factor if tensors[0].dtype == torch.float16 else None
+        losses, *rest = _operator(*tensors, None if late is not None else factor, *numbers, *wanted)
         stats, gradients = rest[:4], rest[4:]
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*gradients, late)
         ctx.wanted, ctx.dtypes = wanted, [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
         ctx.mark_non_differentiable(*stats)
         total = losses.sum()
-        factor = tensors[6]
         return total if factor is None else total * factor, *stats
 
     @staticmethod
@@ -177,8 +179,10 @@ class _Sum(torch.autograd.Function):
         grad: Tensor | None = grads[0]
         if grad is None:
             return (None,) * 9
+        *gradients, late = ctx.saved_tensors
+        grad = grad if late is None else grad * late
         found: list[Tensor | None] = []
-        for wanted, dtype, gradient in zip(ctx.wanted, ctx.dtypes, ctx.saved_tensors, strict=True):
+        for wanted, dtype, gradient in zip(ctx.wanted, ctx.dtypes, gradients, strict=True):
             found.append(scaled(gradient, grad, remaining(ctx.dtypes[0])).to(dtype) if wanted else None)
         return *found, *(None,) * 6
 
@@ -215,12 +219,17 @@ class _Each(torch.autograd.Function):
             return (None,) * 9
         *tensors, factor = ctx.saved_tensors
         factor = grad.float() if factor is None else grad.float() * factor
+        scale = None
+        if (
+            tensors[0].dtype == torch.float16 and factor.numel()
+        ):  # which has no exponents for a caller's 65536
+            scale = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+            factor, scale = factor / scale, scale * remaining(torch.float16)
         gradients = _operator(*tensors, factor, *ctx.numbers, *ctx.wanted)[5:]
         found: list[Tensor | None] = []
         for wanted, tensor, gradient in zip(ctx.wanted, tensors[:3], gradients, strict=True):
-            scale = remaining(tensors[0].dtype)
             found.append(
-                (gradient if scale == 1.0 else gradient * scale).to(tensor.dtype) if wanted else None
+                (gradient if scale is None else gradient * scale).to(tensor.dtype) if wanted else None
             )
         return *found, *(None,) * 6
 
@@ -277,13 +286,12 @@ def _(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _new_outputs(hidden, torch.Tensor.new_empty)
-    keep = torch.float32 if hidden.dtype == torch.float16 else weight.dtype
+    fp16 = hidden.dtype == torch.float16
+    bias_dtype = weight.dtype if bias is None else bias.dtype
     gradients = (
         torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
-        weight.new_empty(weight.shape if want_weight else 0, dtype=keep),
-        weight.new_empty(
-            weight.shape[0] if want_bias else 0, dtype=weight.dtype if bias is None else bias.dtype
-        ),
+        weight.new_empty(weight.shape if want_weight else 0, dtype=torch.float32 if fp16 else weight.dtype),
+        weight.new_empty(weight.shape[0] if want_bias else 0, dtype=torch.float32 if fp16 else bias_dtype),
     )
     return *(getattr(outputs, name) for name in OUTPUTS), *gradients
 

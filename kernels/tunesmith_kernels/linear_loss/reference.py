@@ -22,7 +22,7 @@ def losses(problem: Problem) -> tuple[Tensor, RowOutputs]:
     if options.softcap:
         z = options.softcap * torch.tanh(z / options.softcap)
     lse = torch.logsumexp(z, dim=1)
-    log_s = z - lse[:, None]
+    log_s = torch.log_softmax(z, dim=1)  # not z − lse, which rounds at the size of lse
     soft = target.is_floating_point()
     kept = torch.ones_like(lse, dtype=torch.bool) if soft else target != problem.ignore_index
     label = target.argmax(dim=1) if soft else target.where(kept, 0)

@@ -85,11 +85,12 @@ def torch_rows(logits: Tensor, inputs: RowInputs, options: RowOptions, outputs: 
         z = options.softcap * torch.tanh(z / options.softcap)
     vocab = z.shape[1]
     soft = inputs.target.is_floating_point()
-    lse = torch.logsumexp(z, dim=1)
-    log_s = z - lse[:, None]
+    log_s = torch.log_softmax(z, dim=1)  # not z − lse, which rounds at the size of lse
+    greatest = z.amax(dim=1)
+    lse = greatest - log_s.amax(dim=1)
     target = inputs.target.argmax(dim=1) if soft else inputs.target
     at = target[:, None]
-    top = z.gather(1, at)[:, 0] >= z.amax(dim=1)
+    top = z.gather(1, at)[:, 0] >= greatest
 
     smoothing = options.label_smoothing
     w = inputs.class_weight
