@@ -80,7 +80,11 @@ BAD = {
         ":6: parallel: must be a mapping, not 'ddp'; write {strategy: ddp}"),
     "number_as_key": (HEAD + "training: {1: 2}\n", ":4: training.1: unknown key; training takes num_train_epochs, max_steps, global_batch_size, per_device_train_batch_size, precision, torch_compile, seed"),
     "literal_typo": (HEAD + "training: {precision: bf61}\n", ":4: training.precision: must be one of fp32, bf16, fp16, auto, not 'bf61'; did you mean bf16?"),
-    "literal": (HEAD + "kernels: fastest\n", ":4: kernels: must be one of auto, reference, not 'fastest'"),
+    "literal": (HEAD + "kernels: fastest\n", ":4: kernels: must be one of auto, reference or a mapping, not 'fastest'"),
+    "kernel": (
+        HEAD + "kernels: {linear_cross_entropy: cuda}\n",
+        ":4: kernels.linear_cross_entropy: must be one of auto, reference, torch, cpu, triton, not 'cuda'",
+    ),
     "tag_typo": (HEAD + "schedule: {lr_scheduler_type: cosin, warmup_ratio: 2}\n",
         ":4: schedule.lr_scheduler_type: must be one of constant, linear, cosine, cosine_with_restarts, polynomial, exponential, step, cyclic, one_cycle, wsd, reduce_on_plateau, not 'cosin'; did you mean cosine?",
         ":4: schedule.warmup_ratio: must be a number from 0 to 1 or null, not 2"),

@@ -111,7 +111,13 @@ def test_the_written_recipe_is_complete(tmp_path: Path) -> None:
     evaluated = SMALL.replace("}}\n", "}, eval: {path: b.csv, format: classification}}\n")
     text = dump_recipe(load(tmp_path, evaluated))
     for key, owners in settings(Recipe).items():
-        optional = ("data.split.", "evaluation.early_stopping.", "evaluation.generate.", "model.tokenizer.")
+        optional = (
+            "data.split.",
+            "evaluation.early_stopping.",
+            "evaluation.generate.",
+            "model.tokenizer.",
+            "kernels.",
+        )
         tags = [tag for _, tag in owners]
         if not key.startswith(optional) and (
             tags == [None] or {"adamw", "linear", "classification"} & set(tags)

@@ -6,17 +6,19 @@ leave it. Its forward has a mode; every rank runs the same mode at the same time
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.batch import Batch
+from tunesmith.fused_head import FusedHead
 from tunesmith.objectives.base import Objective
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-_AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Loss(NamedTuple):
@@ -35,10 +37,20 @@ class Predicted(NamedTuple):
     predictions: list[Any]
 
 
+class Compared(NamedTuple):
+    """The terms' sums over a batch [terms], by the fused head and from the model's own logits; `problem` where there
+    is no fused one."""
+
+    fused: Tensor | None
+    own: Tensor
+    problem: str | None
+
+
 class TrainModule(nn.Module):
     """`forward(batch, "loss", normalizers)` → Loss; `forward(batch, "predict")` → Predicted;
-    `forward(batch, "generate", options=…)` → generated token ids [rows, new tokens]; `forward(batch, "logits")` →
-    the model's own without autocast, fp32 [rows, positions, classes]."""
+    `forward(batch, "generate", options=…)` → generated token ids [rows, new tokens]; `forward(batch, "logits")` → the
+    model's own without autocast, fp32 [rows, positions, classes]; `forward(batch, "compare")` → Compared. With a
+    `fused_head`, losses are computed from the hidden states and the head."""
 
     def __init__(self, model: nn.Module, objective: Objective, precision: Precision) -> None:
         super().__init__()
@@ -46,22 +58,28 @@ class TrainModule(nn.Module):
         self.objective = objective
         self.precision: Precision = precision
         self.untouched: tuple[str, ...] = ()
+        self.fused_head: FusedHead | None = None
 
     def forward(
         self,
         batch: Batch,
-        mode: Literal["loss", "predict", "generate", "logits"] = "loss",
+        mode: Literal["loss", "predict", "generate", "logits", "compare"] = "loss",
         normalizers: Tensor | None = None,
         options: Mapping[str, Any] | None = None,
-    ) -> Loss | Predicted | Tensor:
+    ) -> Loss | Predicted | Compared | Tensor:
         device = next(iter(batch.inputs.values())).device
-        dtype = _AUTOCAST.get(self.precision)
+        dtype = AUTOCAST.get(self.precision)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None and mode != "logits"):
             if mode == "generate":
                 return self._generate(batch, options or {})
-            outputs = self.objective.outputs(self.model, batch)
+            head = None if mode == "logits" else self.fused_head
+            with nullcontext() if head is None else head.standing_in():
+                outputs = self.objective.outputs(self.model, batch)
+            own = self.objective.outputs(self.model, batch) if mode == "compare" else None
         if mode == "logits":
             return cast(Tensor, outputs["logits"]).float()
+        if own is not None:
+            return self._compare(outputs, own, batch)
         if mode == "predict":
             ones = torch.ones(len(self.objective.terms), device=device)
             return Predicted(
@@ -76,6 +94,14 @@ class TrainModule(nn.Module):
 
     def _parts(self, outputs: Mapping[str, Any], batch: Batch, normalizers: Tensor) -> list[Tensor]:
         return [term(outputs, batch, normalizers[i]) for i, term in enumerate(self.objective.terms)]
+
+    def _compare(self, fused: Mapping[str, Any], own: Mapping[str, Any], batch: Batch) -> Compared:
+        ones = torch.ones(len(self.objective.terms), device=next(iter(batch.inputs.values())).device)
+        expected = torch.stack(self._parts(own, batch, ones))
+        try:
+            return Compared(torch.stack(self._parts(fused, batch, ones)), expected, None)
+        except ValueError as error:
+            return Compared(None, expected, str(error))
 
     def _touch(self) -> Tensor | float:
         # DDP and FSDP2 wait for a gradient of every trainable parameter, also of those a loss does not use

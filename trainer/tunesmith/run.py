@@ -22,6 +22,7 @@ from tunesmith.engine import Engine, build_engine
 from tunesmith.environment import git_commit, host, versions
 from tunesmith.errors import UserError
 from tunesmith.export import export_final
+from tunesmith.fusing import choose_head, fuse_loss
 from tunesmith.loop import Loop
 from tunesmith.loss_scale import LossScale
 from tunesmith.model import load_model
@@ -97,6 +98,8 @@ def _train(
     )
     # freezing before the optimizer, which takes only what is trained
     trainable = apply_trainable(loaded.model, recipe.trainable)
+    # the head is looked at before the engine hangs hooks on it
+    head = choose_head(recipe, loaded.model, objective)
     # compiled before the engine wraps: what it hangs on the layers stays outside their graphs
     compiled = compile_layers(loaded.model) if recipe.training.torch_compile else 0
     module = TrainModule(loaded.model, objective, precision)
@@ -104,8 +107,10 @@ def _train(
 
     stream = build_stream(recipe, datasets["train"], objective)
     total_steps = count_steps(recipe, stream)
+    # the fused loss before the probe, which runs what the training will run
+    facts: dict[str, Any] = {"kernels": fuse_loss(engine, stream, head)}
     # the probe runs before the first reduced step: it finds the parameters that the loss does not use
-    facts: dict[str, Any] = {**probe(engine, stream)}
+    facts |= probe(engine, stream)
     if recipe.data.packing:
         facts["packing_difference"] = check_packing(stream, engine)
 
@@ -225,7 +230,6 @@ def batch_facts(recipe: Recipe, stream: Stream, world_size: int) -> dict[str, An
         "global_batch_size": recipe.training.global_batch_size,
         "gradient_accumulation_steps": max(micro_steps),
         "steps_per_epoch": stream.steps_per_epoch,
-        "kernels": {"loss": "torch cross_entropy", "optimizer": f"torch {recipe.optim.name}"},
     }
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from tunesmith.batch import IGNORED, Batch
+from tunesmith.fused_head import HeadOutput
 
 
 class Term(Protocol):
@@ -39,8 +40,8 @@ class Term(Protocol):
 class TokenCrossEntropy:
     """Σ −log p(label) over the labelled positions; `shift` for next-token prediction.
 
-    logits: `outputs[logits]` [rows, positions, classes]; labels: `targets[target]` [rows, positions] int64, −100
-    where there is no loss. Label smoothing as torch's `cross_entropy` (Szegedy et al. 2016)."""
+    logits: `outputs[logits]` [rows, positions, classes], or their stand-in; labels: `targets[target]` [rows,
+    positions] int64, −100 where there is no loss. Label smoothing as torch's `cross_entropy` (Szegedy et al. 2016)."""
 
     name: str = "loss"
     weight: float = 1.0
@@ -60,12 +61,17 @@ class TokenCrossEntropy:
         return int((self._labels(batch) != IGNORED).sum())
 
     def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
-        logits: Tensor = outputs[self.logits]
-        if self._shifts(batch):
+        logits: Tensor | HeadOutput = outputs[self.logits]
+        labels, shift = self._labels(batch), self._shifts(batch)
+        if isinstance(logits, HeadOutput):
+            return logits.cross_entropy(
+                labels, normalizer=normalizer, label_smoothing=self.label_smoothing, shift=shift
+            )
+        if shift:
             logits = logits[:, :-1]
         total = F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]).float(),
-            self._labels(batch).reshape(-1),
+            labels.reshape(-1),
             ignore_index=IGNORED,
             label_smoothing=self.label_smoothing,
             reduction="sum",

@@ -176,6 +176,8 @@ def _section_hint(path: Path, value: Any, keys: list[str]) -> str:
         word = values.VALUES.get(f"{key}.{leaf}", {}).get(plain(value), value)
         rest = ", format: …" if leaf == "path" else ""
         return f"; write {{{leaf}: {word}{rest}}}"
+    if meant := values.VALUES.get(key, {}).get(plain(value)):
+        return f"; here {show(value)} is {meant}"
     return ""
 
 

@@ -12,6 +12,7 @@ from tunesmith.recipe.base import Section
 from tunesmith.recipe.checkpoint import Checkpoint
 from tunesmith.recipe.data import Data
 from tunesmith.recipe.evaluation import Evaluation
+from tunesmith.recipe.kernels import Kernels
 from tunesmith.recipe.model import Model
 from tunesmith.recipe.objective import Objective
 from tunesmith.recipe.optim import AdamW, Optim
@@ -46,12 +47,19 @@ class Recipe(Section):
     schedule: Schedule = Field(default_factory=Linear)
     training: Training = Field(default_factory=Training)
     parallel: Parallel = Field(default_factory=Auto)
-    kernels: Literal["auto", "reference"] = "auto"
+    kernels: Literal["auto", "reference"] | Kernels = "auto"
     evaluation: Evaluation = Field(default_factory=Evaluation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
     output_dir: str = "runs"
     run_name: str
+
+    @property
+    def each_kernel(self) -> Kernels:
+        """`kernels`, with the one word for all written out."""
+        if isinstance(self.kernels, Kernels):
+            return self.kernels
+        return Kernels.model_validate(dict.fromkeys(Kernels.model_fields, self.kernels))
 
     @field_validator("run_name")
     @classmethod
