@@ -32,6 +32,6 @@ static inline float tanh_any(float x) {
     p = p * s - 3.33332819422e-1f;
     const float small = p * s * x + x;
     const float e = exp_nonpositive(-2.0f * (a > 44.0f ? 44.0f : a));
-    const float large = std::copysign((1.0f - e) / (1.0f + e), x);
+    const float large = std::copysign(1.0f - 2.0f * e / (1.0f + e), x);
     return a < 0.625f ? small : large;
 }
