@@ -58,15 +58,21 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
         kernel[(programs,)](*arguments, **options)
 
 
-def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`values`, numbers in (nested) lists, as a tensor on `device`, without waiting for it.
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of `values`, a tensor on the CPU, on `device`, without waiting for it.
 
     The copy to a GPU is made from a page-locked tensor of its own, which torch's allocator gives out again only
     once the copy is done: so the numbers of the next step can't overtake those of this one.
     """
     if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+        return values.to(device, copy=True)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def stream_of(device: torch.device) -> int:
+    """What identifies the stream on which `launch` would start a kernel: tables that are kept between launches are
+    kept per stream."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def signed32(number: int) -> int:
