@@ -74,3 +74,5 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
             from tunesmith_kernels import triton_support
 
             return triton_support.why_not(device)
+        case _:
+            raise AssertionError(backend)

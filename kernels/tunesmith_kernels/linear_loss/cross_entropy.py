@@ -68,7 +68,8 @@ def linear_cross_entropy(
     backend: "reference" (whole logits, autograd), "torch" (chunks, torch's operators), "cpu" (chunks, C++), "triton";
         None chooses: see `tunesmith_kernels.explain`.
 
-    The gradients are computed in the forward and scaled in the backward; with `reduction="none"` the logits are
+    The gradients are computed in the forward and scaled in the backward (so that fp16, whose loss scale is not known
+    by then, loses entries of the logits' gradients below 4e-9 of a row's loss, whatever that scale); with `reduction="none"` the logits are
     computed a second time there. A gradient that nothing asks for (a frozen head, frozen hidden states) is not
     computed. A second backward through the same loss raises or is right; double backward raises. Nothing of the
     caller's is written to.
@@ -98,6 +99,7 @@ def linear_cross_entropy(
     factor = None if factor is None else factor.reciprocal()
     name = choose(flat, backend)
     if name == "reference":
+        check_range(problem)
         losses, outputs = reference.losses(problem)
         losses = losses if factor is None else losses * factor
         loss = losses.sum() if reduction == "sum" else losses
@@ -169,6 +171,7 @@ class _Sum(torch.autograd.Function):
         stats, gradients = rest[:4], rest[4:]
         ctx.save_for_backward(*gradients, late)
         ctx.wanted, ctx.dtypes = wanted, [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
+        ctx.spent = False
         ctx.mark_non_differentiable(*stats)
         total = losses.sum()
         return total if factor is None else total * factor, *stats
@@ -180,10 +183,18 @@ class _Sum(torch.autograd.Function):
         if grad is None:
             return (None,) * 9
         *gradients, late = ctx.saved_tensors
-        grad = grad if late is None else grad * late
+        factor, rest = grad if late is None else grad * late, remaining(ctx.dtypes[0])
+        if not torch.compiler.is_compiling():
+            if (
+                ctx.spent
+            ):  # torch notices by itself, but not where hooks hold the saved tensors, as for offloading
+                raise RuntimeError(
+                    "linear_cross_entropy: a second backward: its gradients were scaled in place"
+                )
+            ctx.spent = not _is_one(factor, rest)
         found: list[Tensor | None] = []
         for wanted, dtype, gradient in zip(ctx.wanted, ctx.dtypes, gradients, strict=True):
-            found.append(scaled(gradient, grad, remaining(ctx.dtypes[0])).to(dtype) if wanted else None)
+            found.append(scaled(gradient, factor, rest).to(dtype) if wanted else None)
         return *found, *(None,) * 6
 
 
@@ -192,9 +203,13 @@ def scaled(gradient: Tensor, grad: Tensor, remaining: float) -> Tensor:
     largest tensor of the step. torch raises at a second backward then, since a saved tensor was written to."""
     if torch.compiler.is_compiling():
         return gradient * (grad * remaining)
-    if not grad.is_cuda and grad.item() * remaining == 1.0:
-        return gradient
-    return gradient.mul_(grad * remaining)
+    return gradient if _is_one(grad, remaining) else gradient.mul_(grad * remaining)
+
+
+def _is_one(grad: Tensor, remaining: float) -> bool:
+    """Whether nothing is to be scaled, where that can be asked without waiting for a device or, of a fake tensor, at
+    all."""
+    return type(grad) is Tensor and grad.device.type == "cpu" and grad.item() * remaining == 1.0
 
 
 class _Each(torch.autograd.Function):

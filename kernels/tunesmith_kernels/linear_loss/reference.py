@@ -26,14 +26,19 @@ def losses(problem: Problem) -> tuple[Tensor, RowOutputs]:
     soft = target.is_floating_point()
     kept = torch.ones_like(lse, dtype=torch.bool) if soft else target != problem.ignore_index
     label = target.argmax(dim=1) if soft else target.where(kept, 0)
-    q = target.to(z.dtype) if soft else torch.nn.functional.one_hot(label, z.shape[1]).to(z.dtype)
-    log_prob = _dot(q, log_s)
-    a = (1 - options.label_smoothing) * q + options.label_smoothing / z.shape[1]
-    if problem.class_weight is not None:
-        a = a * problem.class_weight
-    ce = -_dot(a, log_s)
+    keep, share = 1 - options.label_smoothing, options.label_smoothing / z.shape[1]
+    w = z.new_ones(z.shape[1]) if problem.class_weight is None else problem.class_weight
+    if soft:
+        log_prob = _dot(target, log_s)
+        ce = -_dot(w * (keep * target + share), log_s)
+    else:
+        log_prob = log_s.gather(1, label[:, None])[:, 0]
+        ce = -keep * _product(w[label], log_prob) - _dot(share * w, log_s)
     if options.focal_gamma:
-        ce = ce * (-torch.expm1(log_prob)) ** options.focal_gamma
+        # 1 − p where p is small: torch's derivative of expm1 is expm1 + 1, which cancels there
+        miss = torch.where(log_prob > -0.5, -torch.expm1(log_prob), 1 - log_prob.exp())
+        # 0 has no slope below γ = 1: the limit is 0 where the row is certain
+        ce = ce * miss.clamp_min(torch.finfo(miss.dtype).tiny) ** options.focal_gamma
     loss = ce + options.z_loss * lse.square()
     if problem.token_weight is not None:
         loss = loss * problem.token_weight
@@ -46,5 +51,9 @@ def losses(problem: Problem) -> tuple[Tensor, RowOutputs]:
 
 
 def _dot(a: Tensor, log_s: Tensor) -> Tensor:
-    """Σ_v a_v·log s_v by row, with 0·(−inf) = 0."""
-    return torch.where(a == 0, 0.0, a * log_s.where(a != 0, 0.0)).sum(dim=1)
+    return _product(a, log_s).sum(dim=1)
+
+
+def _product(a: Tensor, log_s: Tensor) -> Tensor:
+    """a·log s, with 0·(−inf) = 0 and no gradient there."""
+    return a * log_s.where(a != 0, 0.0)

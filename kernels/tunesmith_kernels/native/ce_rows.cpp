@@ -58,7 +58,7 @@ Sums exponentials(float *z, int64_t begin, int64_t end, float top) {
 // Σ a_v·(max − z_v) and Σ a_v over the classes, without the target's own (1−ε)·w; for soft targets also Σ q_v·(max − z_v)
 struct Addends {
     double cross = 0, mass = 0, plain = 0;
-    int64_t likeliest = -1;
+    int64_t likeliest = 0;
 };
 
 Addends smoothed(const float *z, const Row &row, float share, float top) {
