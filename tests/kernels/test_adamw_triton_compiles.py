@@ -6,12 +6,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
+import adamw_triton_runs as runs
 from aot import CAPABILITIES, Compiled, assert_fits, compile_kernel
 from tunesmith_kernels import triton_support
 from tunesmith_kernels.adamw import triton_kernels, triton_step
@@ -104,6 +109,84 @@ def test_the_norm(capability: int) -> None:
     clip = compile_kernel(triton_kernels.clip_scale, pointers, {}, 1, 1, capability, tuple(pointers))
     assert_fits(clip, capability)
     assert ".f64" not in clip.ptx
+
+
+class _GPU:
+    """What triton's launcher asks of a driver before it compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class _NoReads(TorchDispatchMode):
+    """Refuses the operators that would wait for a GPU to read a number of its memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in {"_local_scalar_dense", "equal", "nonzero", "is_nonzero"}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The compiled kernel of every launch, which ends before the GPU would be needed."""
+    kernels: list[Any] = []
+
+    def compiled(kernel: Any, programs: int, device: torch.device, *arguments: Any, **options: Any) -> None:
+        assert programs > 0
+        kernels.append(kernel.warmup(*arguments, grid=(programs,), **options))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", _GPU())
+    monkeypatch.setattr(triton_support, "launch", compiled)
+    return kernels
+
+
+def test_a_step_is_launched_without_reading_and_compiled_once(launched: list[Any]) -> None:
+    """As triton's launcher specialises it: nothing is compiled again for other numbers, sizes or seeds."""
+    kernels: dict[str, set[str]] = {}
+    for kind, settings in runs.KINDS.items():
+        several = (runs.Entry(70000, stream=1, offset=1 << 40), runs.Entry(13, stream=16, shift=1))
+        for seed, entries in ((0, (runs.Entry(1),)), (1, several), (16 << 32, several), (1 << 63, several)):
+            case = runs.Case(((settings, entries),), seed=seed)
+            tensors = runs.build(case)
+            groups = [group for update in (0, 1) for group in runs.groups_of(case, tensors, update)]
+            for group in groups:
+                launched.clear()
+                with _NoReads():
+                    norm = triton_step.norm(group.grads)
+                    coefficient, skip = triton_step.clip(norm, 1.0)
+                    triton_step.update([group], coefficient, skip, seed)
+                assert len(launched) == 4
+                for kernel in launched:
+                    name = kernel.src.fn.__name__
+                    own = kind if kernel.src.fn is triton_kernels.update_chunks else ""
+                    kernels.setdefault(f"{name} {own}", set()).add(kernel.hash)
+    assert {name: len(hashes) for name, hashes in kernels.items()} == dict.fromkeys(kernels, 1)
+    assert len(kernels) == 3 + len(KINDS)
+
+
+def test_tables_are_kept_while_the_tensors_stay(launched: list[Any]) -> None:
+    case = runs.Case(((runs.KINDS["fp32"], (runs.Entry(30000), runs.Entry(5, stream=1))),))
+    tensors = runs.build(case)
+    one = torch.tensor(1.0)
+    tables = (triton_step._integers, triton_step._chunk_table, triton_step._arrived)
+
+    def misses(update: int) -> list[int]:
+        before = [table.cache_info().misses for table in tables]
+        triton_step.update(runs.groups_of(case, tensors, update), one, one, 0)
+        return [table.cache_info().misses - was for table, was in zip(tables, before, strict=True)]
+
+    assert misses(0) == [1, 1, 1]
+    assert misses(0) == [0, 0, 0]
+    assert misses(1) == [1, 0, 1]  # other gradients
+    tensors.params[0] = tensors.params[0].clone()
+    assert misses(1) == [1, 0, 1]
 
 
 def test_the_helper_sees_spills() -> None:
