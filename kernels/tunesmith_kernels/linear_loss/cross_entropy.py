@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tunesmith_kernels.linear_loss import reference
 from tunesmith_kernels.linear_loss.backends import Backend, choose, row_kernel
+from tunesmith_kernels.linear_loss.backward import differentiable_once, is_one, scaled
 from tunesmith_kernels.linear_loss.checks import as_rows, check, check_range, constant, flat_target
 from tunesmith_kernels.linear_loss.chunks import Problem, Wanted, compute, remaining
 from tunesmith_kernels.linear_loss.rows import OUTPUTS, RowOptions, RowOutputs
@@ -68,9 +68,9 @@ def linear_cross_entropy(
     backend: "reference" (whole logits, autograd), "torch" (chunks, torch's operators), "cpu" (chunks, C++), "triton";
         None chooses: see `tunesmith_kernels.explain`.
 
-    The gradients are computed in the forward and scaled in the backward (so that fp16, whose loss scale is not known
-    by then, loses entries of the logits' gradients below 4e-9 of a row's loss, whatever that scale); with `reduction="none"` the logits are
-    computed a second time there. A gradient that nothing asks for (a frozen head, frozen hidden states) is not
+    The gradients are computed in the forward and scaled in the backward; with `reduction="none"` the logits are
+    computed a second time there. fp16, whose loss scale is not known by the forward, loses entries of the logits'
+    gradients below 4e-9 of a row's loss. A gradient that nothing asks for (a frozen head, frozen hidden states) is not
     computed. A second backward through the same loss raises or is right; double backward raises. Nothing of the
     caller's is written to.
 
@@ -177,7 +177,7 @@ class _Sum(torch.autograd.Function):
         return total if factor is None else total * factor, *stats
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad: Tensor | None = grads[0]
         if grad is None:
@@ -191,25 +191,11 @@ class _Sum(torch.autograd.Function):
                 raise RuntimeError(
                     "linear_cross_entropy: a second backward: its gradients were scaled in place"
                 )
-            ctx.spent = not _is_one(factor, rest)
+            ctx.spent = not is_one(factor, rest)
         found: list[Tensor | None] = []
         for wanted, dtype, gradient in zip(ctx.wanted, ctx.dtypes, gradients, strict=True):
             found.append(scaled(gradient, factor, rest).to(dtype) if wanted else None)
         return *found, *(None,) * 6
-
-
-def scaled(gradient: Tensor, grad: Tensor, remaining: float) -> Tensor:
-    """gradient × grad × remaining, in gradient's own memory where that is worth it: a head's gradient may be the
-    largest tensor of the step. torch raises at a second backward then, since a saved tensor was written to."""
-    if torch.compiler.is_compiling():
-        return gradient * (grad * remaining)
-    return gradient if _is_one(grad, remaining) else gradient.mul_(grad * remaining)
-
-
-def _is_one(grad: Tensor, remaining: float) -> bool:
-    """Whether nothing is to be scaled, where that can be asked without waiting for a device or, of a fake tensor, at
-    all."""
-    return type(grad) is Tensor and grad.device.type == "cpu" and grad.item() * remaining == 1.0
 
 
 class _Each(torch.autograd.Function):
@@ -227,7 +213,7 @@ class _Each(torch.autograd.Function):
         return losses if tensors[6] is None else losses * tensors[6], *rest[:4]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad: Tensor | None = grads[0]
         if grad is None:
