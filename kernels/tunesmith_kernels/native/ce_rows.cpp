@@ -40,17 +40,16 @@ struct Sums {
 Sums exponentials(float *z, int64_t begin, int64_t end, float top) {
     Sums sums;
     in_blocks(begin, end, [&](int64_t start, int64_t stop) {
-        float total = 0, weighted = 0;
-#pragma omp simd reduction(+ : total, weighted)
-        for (int64_t i = start; i < stop; ++i) {
+        Lanes total, weighted;
+        in_lanes(start, stop, [&](int64_t i, int64_t lane) {
             const float x = std::max(z[i] - top, -1e30f); // −inf · 0 would be NaN
             const float e = exp_nonpositive(x);
             z[i] = e;
-            total += e;
-            weighted += e * x;
-        }
-        sums.total += total;
-        sums.weighted += weighted;
+            total.at[lane] += e;
+            weighted.at[lane] += e * x;
+        });
+        sums.total += total.sum();
+        sums.weighted += weighted.sum();
     });
     return sums;
 }
@@ -65,20 +64,14 @@ Addends smoothed(const float *z, const Row &row, float share, float top) {
     Addends found;
     const float *w = row.weight;
     in_blocks(0, row.vocab, [&](int64_t start, int64_t stop) {
-        float cross = 0, mass = 0;
-        if (w == nullptr) {
-#pragma omp simd reduction(+ : cross)
-            for (int64_t i = start; i < stop; ++i) cross += top - z[i];
-            mass = static_cast<float>(stop - start);
-        } else {
-#pragma omp simd reduction(+ : cross, mass)
-            for (int64_t i = start; i < stop; ++i) {
-                cross += w[i] == 0.0f ? 0.0f : w[i] * (top - z[i]);
-                mass += w[i];
-            }
-        }
-        found.cross += static_cast<double>(share) * cross;
-        found.mass += static_cast<double>(share) * mass;
+        Lanes cross, mass;
+        in_lanes(start, stop, [&](int64_t i, int64_t lane) {
+            const float own = w == nullptr ? 1.0f : w[i];
+            cross.at[lane] += own == 0.0f ? 0.0f : own * (top - z[i]);
+            mass.at[lane] += own;
+        });
+        found.cross += static_cast<double>(share) * cross.sum();
+        found.mass += static_cast<double>(share) * mass.sum();
     });
     return found;
 }

@@ -116,27 +116,25 @@ Sums exponentials(Scratch &s, int64_t begin, int64_t end, float top, float teach
     Sums sums;
     float *student = s.student.data(), *plain = s.plain.data(), *teacher = s.teacher.data(), *third = s.third.data();
     in_blocks(begin, end, [&](int64_t start, int64_t stop) {
-        float total = 0, weighted = 0, q = 0, p = 0, cross = 0;
-        int both = 0;
-#pragma omp simd reduction(+ : total, weighted, q, p, cross) reduction(| : both)
-        for (int64_t i = start; i < stop; ++i) {
+        Lanes total, weighted, q, p, cross, both;
+        in_lanes(start, stop, [&](int64_t i, int64_t lane) {
             const float x = std::max(student[i] - top, LOWEST), y = std::max(teacher[i] - teacher_top, LOWEST);
             const float e = exp_nonpositive(x);
             const float b = WARM ? x * cooled : x, a = WARM ? y * cooled : y;
             const float eb = WARM ? exp_nonpositive(b) : e, ea = exp_nonpositive(a);
             const float d = KIND == REVERSE_KL ? a - b - origin : a - b;
-            total += e;
-            weighted += e * x;
-            q += eb;
-            p += ea;
-            if (KIND != JSD) cross += (KIND == FORWARD_KL ? ea : eb) * d;
-            both |= (x == 0.0f) & (y == 0.0f);
+            total.at[lane] += e;
+            weighted.at[lane] += e * x;
+            q.at[lane] += eb;
+            p.at[lane] += ea;
+            if (KIND != JSD) cross.at[lane] += (KIND == FORWARD_KL ? ea : eb) * d;
+            both.at[lane] += x + y == 0.0f ? 1.0f : 0.0f; // neither is above 0
             student[i] = eb;
             if (WARM) plain[i] = e;
             teacher[i] = KIND == FORWARD_KL ? ea : d;
             if (KIND == JSD) third[i] = ea;
-        }
-        sums += Sums{total, weighted, q, p, cross, both != 0};
+        });
+        sums += Sums{total.sum(), weighted.sum(), q.sum(), p.sum(), cross.sum(), both.sum() != 0};
     });
     return sums;
 }
@@ -146,17 +144,16 @@ template <bool WARM> Sums student_exponentials(Scratch &s, int64_t begin, int64_
     Sums sums;
     float *student = s.student.data(), *plain = s.plain.data();
     in_blocks(begin, end, [&](int64_t start, int64_t stop) {
-        float total = 0, weighted = 0;
-#pragma omp simd reduction(+ : total, weighted)
-        for (int64_t i = start; i < stop; ++i) {
+        Lanes total, weighted;
+        in_lanes(start, stop, [&](int64_t i, int64_t lane) {
             const float x = std::max(student[i] - top, LOWEST);
             const float e = exp_nonpositive(x);
-            total += e;
-            weighted += e * x;
+            total.at[lane] += e;
+            weighted.at[lane] += e * x;
             student[i] = WARM ? exp_nonpositive(x * cooled) : e;
             if (WARM) plain[i] = e;
-        }
-        sums += Sums{total, weighted, 0, 0, 0, false};
+        });
+        sums += Sums{total.sum(), weighted.sum(), 0, 0, 0, false};
     });
     return sums;
 }
@@ -230,10 +227,12 @@ template <class T> Results poisoned(T *x, const Row &row) {
 // The greatest of the teacher's logits among the student's likeliest classes
 float teacher_at_top(const Scratch &s, int64_t vocab, float top) {
     const float *student = s.student.data(), *teacher = s.teacher.data();
-    float best = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : best)
-    for (int64_t i = 0; i < vocab; ++i) best = std::max(best, student[i] == top ? teacher[i] : best);
-    return best;
+    Lanes best(-std::numeric_limits<float>::infinity());
+    in_lanes(0, vocab, [&](int64_t i, int64_t lane) {
+        const float known = best.at[lane];
+        best.at[lane] = std::max(known, student[i] == top ? teacher[i] : known);
+    });
+    return best.max();
 }
 
 template <int KIND, bool WARM, class T, class U>
@@ -265,16 +264,15 @@ Results with_logits(T *x, const U *logits, Scratch &s, const Row &row, const Opt
         const float moved = static_cast<float>(shift);
         double of_p = 0, of_q = 0;
         in_blocks(0, row.vocab, [&](int64_t start, int64_t stop) {
-            float sum_p = 0, sum_q = 0;
-#pragma omp simd reduction(+ : sum_p, sum_q)
-            for (int64_t i = start; i < stop; ++i) {
+            Lanes sum_p, sum_q;
+            in_lanes(start, stop, [&](int64_t i, int64_t lane) {
                 float log_p, log_q;
                 against_mixture(d[i] - moved, beta, rest, log_p, log_q);
-                sum_p += third[i] * log_p;
-                sum_q += eb[i] * log_q;
+                sum_p.at[lane] += third[i] * log_p;
+                sum_q.at[lane] += eb[i] * log_q;
                 d[i] = log_q;
-            }
-            of_p += sum_p, of_q += sum_q;
+            });
+            of_p += sum_p.sum(), of_q += sum_q.sum();
         });
         mean_log_q = of_q / sums.q;
         divergence = o.beta * of_p / sums.p + (1.0 - o.beta) * mean_log_q;
@@ -362,10 +360,9 @@ template <bool WARM, class T> Results with_top_k(T *x, Scratch &s, const Row &ro
     for (int64_t j = 0; j < row.k; ++j) s.student[row.indices[j]] = 0.0f;
     double outside = 0;
     in_blocks(0, row.vocab, [&](int64_t start, int64_t stop) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = start; i < stop; ++i) sum += eb[i];
-        outside += sum;
+        Lanes sum;
+        in_lanes(start, stop, [&](int64_t i, int64_t lane) { sum.at[lane] += eb[i]; });
+        outside += sum.sum();
     });
 
     for (int64_t j = 0; j < row.k; ++j) log_q[j] = below[j] / o.temperature;
