@@ -40,7 +40,7 @@ def shard_offset(param: Tensor) -> int:
         kind = type(placement).__name__
         if kind != "Replicate" and not (kind == "Shard" and placement.dim == 0):
             raise ValueError(
-                f"stochastic rounding of a parameter placed as {placement}: only Shard(0) and Replicate keep its "
+                f"stochastic rounding of a parameter placed as {placement!r}: only Shard(0) and Replicate keep its "
                 "local elements in one run; set_keys can state the offset"
             )
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

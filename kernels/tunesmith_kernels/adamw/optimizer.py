@@ -167,6 +167,7 @@ class AdamW(Optimizer):
                 f"AdamW: the gradient of parameter {number} is {grad.dtype}, {grad.layout}; "
                 f"it must be {here.dtype}, dense"
             )
+        walked = flat(here)
         if grad.stride() != here.stride():
             grad = torch.empty_like(here).copy_(grad)
         state = self.state[param]
@@ -175,14 +176,14 @@ class AdamW(Optimizer):
             state.update(new_state(param, kinds))
         tensors = [local(state[name]) for name in kinds]
         for tensor, (name, dtype) in zip(tensors, kinds.items(), strict=True):
-            if tensor.dtype != dtype or tensor.device != here.device or tensor.stride() != here.stride():
+            if not _fits(tensor, here, dtype):
                 raise RuntimeError(
                     f"AdamW: the {name} of parameter {number} is not the one that was made for it"
                 )
         extra = flat(tensors[2]) if len(tensors) > 2 else None
         stream, offset = self._key(param, number) if precision in ("stochastic", "kahan") else (0, 0)
         return (
-            flat(here),
+            walked,
             flat(grad),
             flat(tensors[0]),
             flat(tensors[1]),
@@ -243,6 +244,16 @@ def _unwrap(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Kept):
                 state[name] = value.tensor
+
+
+def _fits(state: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel may walk over both with one index."""
+    return (
+        state.dtype == dtype
+        and state.device == param.device
+        and state.shape == param.shape
+        and state.stride() == param.stride()
+    )
 
 
 def _group(settings: dict[str, Any], precision: Precision, rows: list[_Row]) -> Group:
