@@ -37,6 +37,7 @@ from tunesmith.loss_scale import LossScale
 from tunesmith.model import load_model
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective, build_objective
+from tunesmith.optim import Spec
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
 from tunesmith.run import build_stream
@@ -112,7 +113,7 @@ def compare(strategy: str, rows: int, pairs: int, cache: str) -> dict[str, Any]:
 
     loaded = load(engine.builds_empty)
     module = TrainModule(loaded.model, objective, "fp32").train()
-    engine.prepare(module, loaded.fill, settings.optim)
+    engine.prepare(module, loaded.fill, Spec.of(settings))
     assert probe(engine, stream)["unused_parameters"] == []
     # under ZeRO-3 transformers partitions this one too, as it does while a configuration of DeepSpeed is alive
     contestants = (

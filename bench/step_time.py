@@ -77,7 +77,7 @@ class Bench:
 
         self.engine = SingleEngine(torch.device("cpu"))
         self.engine.prepare(
-            TrainModule(model(), objective, precision).train(), lambda device: None, settings.optim
+            TrainModule(model(), objective, precision).train(), lambda device: None, optim.Spec.of(settings)
         )
         self.plain = model()
         groups = optim.parameter_groups(self.plain, settings.optim)

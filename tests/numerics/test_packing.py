@@ -27,6 +27,7 @@ from tiny_models import llama_config
 from tunesmith.engine.single import SingleEngine
 from tunesmith.errors import UserError
 from tunesmith.module import TrainModule
+from tunesmith.optim import Spec
 from tunesmith.recipe import optim
 from tunesmith.run import Resume, run
 from tunesmith.startup import check_packing
@@ -133,7 +134,9 @@ def test_a_mask_that_isolates_nothing_is_refused(workshop: Path) -> None:
     stream = open_stream(recipe(workshop, CASES["causal_lm"], SGD, WHOLE, 3, data=PACKED), workshop)
     model = AutoModelForCausalLM.from_pretrained(workshop / "models" / "llama")
     engine = SingleEngine(torch.device("cpu"))
-    engine.prepare(TrainModule(model, stream.objective, "fp32"), lambda device: None, optim.SGD(name="sgd"))
+    engine.prepare(
+        TrainModule(model, stream.objective, "fp32"), lambda device: None, Spec(optim.SGD(name="sgd"))
+    )
     assert check_packing(stream, engine) < 1e-5
     outputs = stream.objective.outputs
 

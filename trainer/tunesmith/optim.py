@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunesmith.errors import MissingExtra, UserError
+from tunesmith.errors import MachineError, MissingExtra, UserError
+from tunesmith.recipe import Recipe
+from tunesmith.recipe.kernels import Kernels
 from tunesmith.recipe.optim import (
     SGD,
     Adafactor,
@@ -24,8 +27,40 @@ from tunesmith.recipe.optim import (
     RMSprop,
 )
 from tunesmith.shapes import whole_shape
+from tunesmith_kernels import adamw, adamw8bit
+from tunesmith_kernels.adamw.paths import path
+from tunesmith_kernels.adamw.tensors import Precision
 
 _FUSED_DEVICES = {"cpu", "cuda"}
+_UPDATED: dict[str, Precision] = {
+    "bf16_master": "master",
+    "bf16_stochastic": "stochastic",
+    "bf16_kahan": "kahan",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What an optimizer is built from: the recipe's section, what computes it, and for bf16 parameters how they are
+    rounded, stochastically by `seed`."""
+
+    settings: Optim
+    kernels: Kernels = field(default_factory=Kernels)
+    precision: Precision = "fp32"
+    seed: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Spec:
+        return cls(
+            recipe.optim,
+            recipe.each_kernel,
+            _UPDATED.get(recipe.training.precision, "fp32"),
+            recipe.training.seed,
+        )
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
 
 class _FusedOptimizer(Optimizer):
@@ -80,26 +115,70 @@ def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
             yield (f"{prefix}.{leaf}" if prefix else leaf), parameter, decays
 
 
-def build(settings: Optim, groups: list[dict[str, Any]]) -> Optimizer:
+def build(spec: Spec, groups: list[dict[str, Any]]) -> Optimizer:
     """The recipe's optimizer over the groups of `parameter_groups`, which are left as they are.
 
-    torch's AdamW, Adam, SGD and Adagrad are fused where all parameters are floating-point ones on the CPU or
-    on CUDA. Raises UserError for a setting that the optimizer refuses, MissingExtra where bitsandbytes is not
-    installed.
+    AdamW is tunesmith's own. torch's Adam, SGD and Adagrad (and where `kernels` says so, AdamW) are fused where all
+    parameters are floating-point ones on the CPU or on CUDA. Raises UserError for a setting that the optimizer refuses,
+    MissingExtra where bitsandbytes is not installed, MachineError where the kernel that is asked for cannot run.
     """
+    settings = spec.settings
+    _check_kernel(spec, groups)
     try:
-        return _construct(settings, [dict(group) for group in groups])
+        return _construct(spec, [dict(group) for group in groups])
     except ValueError as error:
         raise UserError(f"optim: {settings.name}: {error}") from error
 
 
-def _construct(settings: Optim, groups: list[dict[str, Any]]) -> Optimizer:
+def _check_kernel(spec: Spec, groups: list[dict[str, Any]]) -> None:
+    match spec.settings:
+        case AdamW():
+            name, asked = "adamw", spec.kernels.adamw
+        case AdamW8bit():
+            name, asked = "adamw_8bit", spec.kernels.adamw_8bit
+        case _:
+            return
+    if asked in ("auto", "reference"):
+        return
+    try:
+        path(_backend(asked), groups[0]["params"][0].device)
+    except RuntimeError as error:
+        raise MachineError(f"kernels.{name}: {asked} cannot run here: {error}") from error
+
+
+def describe(spec: Spec, device: torch.device) -> str:
+    """What computes the update on `device`, and why, in one line."""
+    match spec.settings:
+        case AdamW():
+            asked, (path, why) = spec.kernels.adamw, adamw.path_for(device)
+        case AdamW8bit():
+            asked, (path, why) = spec.kernels.adamw_8bit, adamw8bit.path_for(device)
+        case Lion8bit():
+            return "bitsandbytes"
+        case settings:
+            return f"torch {settings.name}"
+    return f"{path}: {why}" if asked == "auto" else f"{asked}: the recipe asks for it"
+
+
+def _construct(spec: Spec, groups: list[dict[str, Any]]) -> Optimizer:
+    settings = spec.settings
     lr, weight_decay = settings.learning_rate, settings.weight_decay
     fused = _can_fuse(groups)
     match settings:
         case AdamW(betas=betas, eps=eps):
-            return torch.optim.AdamW(
-                groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused
+            if spec.kernels.adamw == "reference":
+                return torch.optim.AdamW(
+                    groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused
+                )
+            return adamw.AdamW(
+                groups,
+                lr=lr,
+                weight_decay=weight_decay,
+                betas=betas,
+                eps=eps,
+                precision=spec.precision,
+                seed=spec.seed,
+                backend=_backend(spec.kernels.adamw),
             )
         case Adam(betas=betas, eps=eps):
             return torch.optim.Adam(
@@ -126,8 +205,22 @@ def _construct(settings: Optim, groups: list[dict[str, Any]]) -> Optimizer:
             return torch.optim.Adafactor(
                 groups, lr=lr, weight_decay=weight_decay, beta2_decay=beta2_decay, eps=eps, d=d
             )
+        case AdamW8bit(betas=betas, eps=eps) if spec.kernels.adamw_8bit != "reference":
+            return adamw8bit.AdamW8bit(
+                groups,
+                lr=lr,
+                weight_decay=weight_decay,
+                betas=betas,
+                eps=eps,
+                backend=_backend(spec.kernels.adamw_8bit),
+            )
         case AdamW8bit() | Lion8bit():
             return _construct_8bit(settings, groups)
+
+
+def _backend(asked: Literal["auto", "reference", "cpu", "triton"]) -> Literal["cpu", "triton"] | None:
+    assert asked != "reference"
+    return None if asked == "auto" else asked
 
 
 def _construct_8bit(settings: AdamW8bit | Lion8bit, groups: list[dict[str, Any]]) -> Optimizer:

@@ -28,7 +28,8 @@ from tunesmith.loss_scale import LossScale
 from tunesmith.model import load_model
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective, build_objective
-from tunesmith.precision import choose
+from tunesmith.optim import Spec, describe
+from tunesmith.precision import choose, round_parameters
 from tunesmith.preflight.agree import Preflight, agree
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
@@ -96,6 +97,8 @@ def _train(
     loaded = load_model(
         recipe.model, base, objective, tokenizer, recipe.training.seed, empty=engine.builds_empty
     )
+    spec = Spec.of(recipe)
+    round_parameters(loaded.model, spec.parameter_dtype)
     # freezing before the optimizer, which takes only what is trained
     trainable = apply_trainable(loaded.model, recipe.trainable)
     # the head is looked at before the engine hangs hooks on it
@@ -103,12 +106,14 @@ def _train(
     # compiled before the engine wraps: what it hangs on the layers stays outside their graphs
     compiled = compile_layers(loaded.model) if recipe.training.torch_compile else 0
     module = TrainModule(loaded.model, objective, precision)
-    engine.prepare(module, loaded.fill, recipe.optim)
+    engine.prepare(module, loaded.fill, spec)
 
     stream = build_stream(recipe, datasets["train"], objective)
     total_steps = count_steps(recipe, stream)
     # the fused loss before the probe, which runs what the training will run
-    facts: dict[str, Any] = {"kernels": fuse_loss(engine, stream, head)}
+    facts: dict[str, Any] = {
+        "kernels": fuse_loss(engine, stream, head) | {recipe.optim.name: describe(spec, engine.device)}
+    }
     # the probe runs before the first reduced step: it finds the parameters that the loss does not use
     facts |= probe(engine, stream)
     if recipe.data.packing:

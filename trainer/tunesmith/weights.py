@@ -129,7 +129,7 @@ class Source:
             pretrained_model_name_or_path=self.path,
             sharded_metadata=index,
             device_map=devices,
-            dtype=torch.float32,
+            dtype=next(model.parameters()).dtype,
             weight_mapping=get_model_conversion_mapping(model, None, None),
         )
         info, _ = type(model)._load_pretrained_model(model, None, files, settings)

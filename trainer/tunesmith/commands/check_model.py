@@ -24,7 +24,8 @@ from tunesmith.memory import free_memory_bytes, peak_memory_bytes
 from tunesmith.model import Loaded, load_model
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective
-from tunesmith.precision import choose
+from tunesmith.optim import Spec
+from tunesmith.precision import choose, round_parameters
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.advice import close
 from tunesmith.run import best_metric, build_stream, count_steps
@@ -138,7 +139,9 @@ def _predicted_memory(recipe: Recipe, model: nn.Module, engine: Engine) -> Itera
 def _prepare(recipe: Recipe, engine: Engine, loaded: Loaded, objective: Objective) -> None:
     precision, _ = choose(recipe.training.precision, engine.device)
     module = TrainModule(loaded.model, objective, precision)
-    engine.prepare(module, loaded.fill, recipe.optim)
+    spec = Spec.of(recipe)
+    round_parameters(loaded.model, spec.parameter_dtype)
+    engine.prepare(module, loaded.fill, spec)
 
 
 def _computed(

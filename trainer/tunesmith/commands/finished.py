@@ -17,6 +17,7 @@ from tunesmith.errors import UserError
 from tunesmith.model import Loaded, load_model, load_tokenizer
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective, build_objective
+from tunesmith.optim import Spec
 from tunesmith.precision import choose
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
@@ -60,7 +61,7 @@ def open_run(run_dir: Path, checkpoint: int | None = None) -> FinishedRun:
     engine = build_engine(recipe.model_copy(update={"parallel": Single(strategy="single")}))
     precision, _ = choose(recipe.training.precision, engine.device)
     module = TrainModule(loaded.model, objective, precision)
-    engine.prepare(module, loaded.fill, SGD(name="sgd"))  # which holds no state, and takes no step
+    engine.prepare(module, loaded.fill, Spec(SGD(name="sgd")))  # which holds no state, and takes no step
     if saved is not None:
         load_weights(engine, saved)
     engine.module.eval()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Saved, State
 from tunesmith.module import TrainModule
-from tunesmith.recipe.optim import Optim
+from tunesmith.optim import Spec
 
 Fill = Callable[[torch.device], None]
 """Gives weights to a model that was built without; does nothing to one that has them."""
@@ -53,7 +53,7 @@ class Engine(Protocol):
         self,
         module: TrainModule,
         fill: Fill,
-        settings: Optim,
+        spec: Spec,
     ) -> None:
         """Moves, wraps and checks the module and builds the optimizer on what came out. `fill` gives weights to a
         module that was built without. Raises MachineError where anything else came out than the engine's name

@@ -34,8 +34,10 @@ from tunesmith.engine.tensor_parallel import split_layers
 from tunesmith.errors import UserError
 from tunesmith.gradients import local_square_sum
 from tunesmith.module import Loss, TrainModule
-from tunesmith.recipe.optim import Optim
+from tunesmith.optim import Spec
 from tunesmith.recipe.parallel import FSDP2
+from tunesmith_kernels.adamw import AdamW
+from tunesmith_kernels.adamw.local import shard_offset
 
 _REDUCED_IN = torch.float32
 _COMPUTED_IN = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,12 +76,13 @@ class FSDP2Engine(RankedEngine):
         self,
         module: TrainModule,
         fill: Fill,
-        settings: Optim,
+        spec: Spec,
     ) -> None:
         self.train_module = module
         self.module = cast(nn.Module, module)
         if self.settings.sequence_parallel_size > 1:
             self._sequence = self._share_sequences(module)
+        self._dtype = spec.parameter_dtype
         self._shard(module)
         device = torch.device("cpu") if self.settings.offload else self.device
         fill(device)
@@ -96,10 +99,16 @@ class FSDP2Engine(RankedEngine):
             for name, p in module.named_parameters()
             if p.requires_grad
         }
-        groups = optim.parameter_groups(module, settings)
+        groups = optim.parameter_groups(module, spec.settings)
         for group in groups:
             group["params"] = [self._locals[name] for name in group["names"]]
-        self.optimizer = optim.build(settings, groups)
+        self.optimizer = optim.build(spec, groups)
+        if isinstance(self.optimizer, AdamW) and self._dtype != torch.float32:
+            names = [name for group in groups for name in group["names"]]
+            shards = self._sharded_parameters()
+            self.optimizer.set_keys(
+                {self._locals[name]: (i, shard_offset(shards[name])) for i, name in enumerate(names)}
+            )
         self._names = {id(local): name for name, local in self._locals.items()}
 
     def _share_sequences(self, module: TrainModule) -> SequenceParallel:
@@ -149,8 +158,8 @@ class FSDP2Engine(RankedEngine):
             local = parameter.to_local()
             if local.is_meta:
                 return f"{name} has no weights"
-            if parameter.dtype != torch.float32:
-                return f"{name} is {parameter.dtype}, not fp32"
+            if parameter.dtype != self._dtype:
+                return f"{name} is {parameter.dtype}, not {self._dtype}"
             cut = parameter.shape[0] if parameter.dim() else 1
             if local.numel() > -(-cut // shards) * max(1, parameter.numel() // max(1, cut)):
                 return f"{name} has {local.numel()} of {parameter.numel()} elements on one of {shards} ranks"

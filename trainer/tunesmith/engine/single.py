@@ -15,7 +15,7 @@ from tunesmith.checkpoint.pieces import Saved, State
 from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.gradients import local_square_sum
 from tunesmith.module import Loss, TrainModule
-from tunesmith.recipe.optim import Optim
+from tunesmith.optim import Spec
 
 
 class SingleEngine:
@@ -43,11 +43,11 @@ class SingleEngine:
         self,
         module: TrainModule,
         fill: Fill,
-        settings: Optim,
+        spec: Spec,
     ) -> None:
         self.train_module = module.to(self.device)
         self.module = self._wrap(self.train_module)
-        self.optimizer = optim.build(settings, optim.parameter_groups(self.train_module, settings))
+        self.optimizer = optim.build(spec, optim.parameter_groups(self.train_module, spec.settings))
         self._names = {id(p): name for name, p in self.train_module.named_parameters()}
 
     def _wrap(self, module: TrainModule) -> nn.Module:

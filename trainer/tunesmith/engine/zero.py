@@ -28,7 +28,7 @@ from tunesmith.engine.zero_slices import Slice, slices
 from tunesmith.errors import MissingExtra
 from tunesmith.gradients import local_square_sum
 from tunesmith.module import Loss, TrainModule
-from tunesmith.recipe.optim import Optim
+from tunesmith.optim import Spec
 from tunesmith.recipe.parallel import Zero1, Zero2, Zero3
 from tunesmith.shapes import whole_shape
 
@@ -66,9 +66,9 @@ class ZeroEngine(RankedEngine):
             )
         self._take_places(torch.device("cpu") if device_type == "cpu" else self.accelerator.device)
 
-    def prepare(self, module: TrainModule, fill: Fill, settings: Optim) -> None:
+    def prepare(self, module: TrainModule, fill: Fill, spec: Spec) -> None:
         self.train_module = module
-        self.optimizer = optim.build(settings, optim.parameter_groups(module, settings))
+        self.optimizer = optim.build(spec, optim.parameter_groups(module, spec.settings))
         self._named = dict(module.named_parameters())
         self._engine: Any = self.accelerator.prepare(module, self.optimizer)[0]
         self.module = cast(nn.Module, self._engine)

@@ -177,6 +177,30 @@ def _sharding(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _parameters(recipe: Recipe) -> Iterator[Problem]:
+    precision = recipe.training.precision
+    if not precision.startswith("bf16_"):
+        return
+    key = "training.precision"
+    if recipe.optim.name != "adamw":
+        yield _problem(
+            key, f"{precision} is a way of adamw to update bf16 parameters; {recipe.optim.name} has none"
+        )
+    elif recipe.each_kernel.adamw == "reference":
+        yield _problem(key, f"{precision} is done by tunesmith's own adamw: leave kernels.adamw at auto")
+    parallel = recipe.parallel
+    if parallel.strategy in {"zero1", "zero2", "zero3"}:
+        yield _problem(
+            key,
+            f"{precision} is not for {parallel.strategy}, which shards parameters of fp32: use bf16, or fsdp2",
+        )
+    elif parallel.strategy == "fsdp2" and parallel.tensor_parallel_size > 1 and precision != "bf16_master":
+        yield _problem(
+            key,
+            f"{precision} keys its rounding to whole rows, which tensor_parallel_size cuts: use bf16_master",
+        )
+
+
 def _sequence_parallel(recipe: Recipe) -> Iterator[Problem]:
     parallel = recipe.parallel
     if parallel.strategy != "fsdp2" or parallel.sequence_parallel_size == 1:
@@ -206,6 +230,7 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"objective"}, _regression),
     ({"optim"}, _nesterov),
     ({"optim", "parallel", "training"}, _sharding),
+    ({"training", "optim", "kernels", "parallel"}, _parameters),
     ({"parallel", "objective", "data", "model"}, _sequence_parallel),
     ({"schedule", "data", "evaluation"}, _plateau),
     ({"evaluation", "objective"}, _generate),

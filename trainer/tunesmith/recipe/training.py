@@ -8,18 +8,22 @@ from pydantic import model_validator
 
 from tunesmith.recipe.base import NonNegative, Positive, PositiveFloat, Section
 
+Precision = Literal["fp32", "bf16", "fp16", "auto", "bf16_master", "bf16_stochastic", "bf16_kahan"]
+
 
 class Training(Section):
     """`global_batch_size` is in rows per optimizer step over all processes; `per_device_train_batch_size`
     bounds one forward of one process; gradient accumulation follows from both and the world size. `precision:
-    auto` is bf16 where the device computes in it natively, else fp32; the start-up report says which.
+    auto` is bf16 where the device computes in it natively, else fp32; the start-up report says which. With
+    `bf16_master`, `bf16_stochastic` and `bf16_kahan` the parameters are bf16 too: AdamW updates an fp32 copy, rounds
+    them stochastically, or keeps what rounding left out.
     `torch_compile` compiles every transformer layer; one that is no single graph is an error."""
 
     num_train_epochs: PositiveFloat | None = None
     max_steps: Positive | None = None
     global_batch_size: Positive = 32
     per_device_train_batch_size: Positive = 8
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    precision: Precision = "fp32"
     torch_compile: bool = False
     seed: NonNegative = 0
 

@@ -8,7 +8,7 @@ ROADMAP = {
     "optim.name": {"lion", "adafactor_8bit", "muon", "lamb", "schedule_free"},
     "schedule.lr_scheduler_type": {"inverse_sqrt", "rex"},
     "parallel.strategy": {"zero1", "zero2", "zero3", "fsdp2"},
-    "training.precision": {"bf16_master", "bf16_stochastic", "bf16_kahan", "fp8"},
+    "training.precision": {"fp8"},
     "objective.type": {"dpo", "orpo", "kto", "grpo", "reward", "ppo", "distillation", "embedding", "asr",
                        "image_classification"},
 }  # fmt: skip
