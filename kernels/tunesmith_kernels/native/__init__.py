@@ -39,7 +39,7 @@ def _loaded() -> ctypes.CDLL | Unavailable:
     except Unavailable as error:
         return error
     except OSError as error:
-        return Unavailable(f"the native library does not load: {error}")
+        return Unavailable(f"the native library does not load: {error}".replace("\n", " "))
 
 
 def library() -> ctypes.CDLL:
@@ -62,13 +62,27 @@ def _built() -> Path:
         raise Unavailable("TUNESMITH_KERNELS_NATIVE=0 turns the native library off")
     compiler = _compiler()
     target = _cache_folder() / f"kernels-{_key(compiler)}.so"
-    if target.exists():
+    if _sealed(target):
         return target
     with (target.parent / ".lock").open("w") as lock:  # the other ranks of this machine wait for one build
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
+        if not _sealed(target):
             _build(compiler, target)
     return target
+
+
+def _with_seal(content: bytes) -> bytes:
+    """With a hash at its end, which the loader ignores: to load a library that was cut short can kill the process."""
+    return content + hashlib.sha256(content).digest()
+
+
+def _sealed(path: Path) -> bool:
+    """Whether there is a library, and whole."""
+    try:
+        found = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return found == _with_seal(found[: -hashlib.sha256().digest_size])
 
 
 def _compiler() -> str:
@@ -136,6 +150,7 @@ def _build(compiler: str, target: Path) -> None:
             if done.returncode:
                 said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
                 raise Unavailable(f"{compiler} failed: {said.strip()}")
+            made.write_bytes(_with_seal(made.read_bytes()))
             made.replace(target)
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"the native library was not built: {error}") from error
