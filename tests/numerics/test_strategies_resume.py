@@ -41,18 +41,27 @@ def interrupted(run_dir: Path, copy: Path, step: int) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("strategy", ["ddp", *SHARDED, *OFFLOADED, "tensor", "sequence"])
-def test_a_resumed_run_ends_with_the_same_bits(workshop: Path, pools: Pools, strategy: str) -> None:
+BF16 = ("bf16_master", "bf16_stochastic", "bf16_kahan")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [(name, "fp32") for name in ("ddp", *SHARDED, *OFFLOADED, "tensor", "sequence")]
+    + [("fsdp2", precision) for precision in BF16],
+)
+def test_a_resumed_run_ends_with_the_same_bits(
+    workshop: Path, pools: Pools, strategy: str, precision: str
+) -> None:
     parallel = {"ddp": {"strategy": "ddp"}, **SHARDED, **OFFLOADED, "tensor": SPLIT, "sequence": SHARED}[
         strategy
     ]
     made = recipe(
-        workshop, CASES["sft"], ADAMW, TWO, 6,
+        workshop, CASES["sft"], ADAMW, TWO, 6, training={"precision": precision},
         parallel=parallel, checkpoint={"save_steps": 3, "save_total_limit": None, "final": "last"},
     )  # fmt: skip
-    whole = made.model_copy(update={"run_name": f"whole-{strategy}"})
+    whole = made.model_copy(update={"run_name": f"whole-{strategy}-{precision}"})
     pools[2].run(whole, workshop)
-    again = made.model_copy(update={"run_name": f"again-{strategy}"})
+    again = made.model_copy(update={"run_name": f"again-{strategy}-{precision}"})
     runs = workshop / "runs"
     interrupted(runs / whole.run_name, runs / again.run_name, 3)
     pools[2].run(again, workshop, Resume(resume=True))
