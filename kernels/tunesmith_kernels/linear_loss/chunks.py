@@ -76,6 +76,18 @@ def chunk_rows(rows: int, vocab: int, itemsize: int, device: str) -> int:
     return max(1, -(-rows // chunks))
 
 
+def sum_dtype(weight: torch.dtype, hidden: torch.dtype, chunks: int) -> torch.dtype:
+    """What the gradient of the weight is summed in over so many chunks."""
+    if hidden == torch.float16 or chunks > _MAX_ROUNDINGS:
+        return torch.float32
+    return torch.float32 if weight == torch.float32 else hidden
+
+
+def tile_classes(features: int, itemsize: int) -> int:
+    """Classes whose gradients are computed at once where they are added to sums of another dtype on the CPU."""
+    return max(64, _TILE_BYTES // (features * itemsize))
+
+
 def compute(
     problem: Problem, kernel: RowKernel, wanted: Wanted, factor: Tensor | None, outputs: RowOutputs
 ) -> Gradients:
@@ -179,9 +191,7 @@ class Sums:
         self.wanted = wanted
         fresh = torch.empty_like if all_rows else torch.zeros_like
         self.hidden = fresh(hidden) if wanted.hidden else hidden.new_empty(0)
-        self.exact = weight.dtype == torch.float32 and hidden.dtype != torch.float32
-        self.exact |= chunks > _MAX_ROUNDINGS or hidden.dtype == torch.float16
-        dtype = torch.float32 if self.exact else hidden.dtype
+        dtype = sum_dtype(weight.dtype, hidden.dtype, chunks)
         self.weight = weight.new_empty(weight.shape if wanted.weight else 0, dtype=dtype)
         self.started = False
         self.weight_dtype = weight.dtype
@@ -212,7 +222,7 @@ class Sums:
                 self.weight.zero_()
             torch.addmm(self.weight, gradient.t(), x, out_dtype=torch.float32, out=self.weight)
         else:
-            tile = max(64, _TILE_BYTES // (x.shape[1] * x.element_size()))
+            tile = tile_classes(x.shape[1], x.element_size())
             for start in range(0, self.weight.shape[0], tile):
                 part = gradient[:, start : start + tile].t()
                 # an fp16 sum over many rows would overflow
