@@ -35,7 +35,7 @@ def _contenders() -> dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]]:
 
 def _made(make: Callable[[list[torch.nn.Parameter]], Optimizer], numel: int, dtype: torch.dtype) -> Optimizer:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(numel // 4,)] * 4
+    shapes = [(numel // 1024, 256)] * 4  # torchao keeps codes of whole blocks alone
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
     for param in params:
         param.grad = (1e-3 * torch.randn(param.shape, generator=generator)).to(dtype)

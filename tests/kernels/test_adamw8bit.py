@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -460,3 +462,40 @@ def test_what_else_is_refused() -> None:
     sparse_param.grad = torch.eye(10, 2).to_sparse()
     with pytest.raises(ValueError, match="sparse"):
         AdamW8bit([sparse_param]).step()
+
+
+def test_a_dtensor_shard_has_states_of_its_own() -> None:
+    from torch import distributed
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    values, grad = torch.randn(100, 64), torch.randn(100, 64)
+    plain = Parameter(values.clone())
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = Parameter(distribute_tensor(values.clone(), mesh, [Shard(0)]))
+        optimizers = AdamW8bit([plain]), AdamW8bit([sharded])
+        for _ in range(2):
+            plain.grad, sharded.grad = grad, distribute_tensor(grad, mesh, [Shard(0)])
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(plain, sharded.to_local())  # type: ignore[attr-defined]
+        assert states_equal(optimizers[0].state[plain], optimizers[1].state[sharded])
+        clipping = AdamW8bit([sharded], max_norm=1.0)
+        with pytest.raises(ValueError, match="DTensor"):
+            clipping.step()
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("copy", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_goes_on_as_the_original(copy: Callable[[Any], Any]) -> None:
+    params = model()
+    optimizer = AdamW8bit(params, **SETTINGS, max_norm=0.1)
+    steps_of(optimizer, params, 0, 2)
+    copied = copy(optimizer)
+    others = copied.param_groups[0]["params"]
+    steps_of(optimizer, params, 2, 4)
+    steps_of(copied, others, 2, 4)
+    assert all_equal([param.detach() for param in params], [param.detach() for param in others])
+    assert copied.last_grad_norm == optimizer.last_grad_norm
