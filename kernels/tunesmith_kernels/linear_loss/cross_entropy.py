@@ -1,20 +1,19 @@
 """Linear cross-entropy: hidden states × head weight → loss and gradients, never the whole logits.
 
 The formula is in `rows`, the chunks are in `chunks`. This file has the public function, its checks, the torch.library
-operator and its autograd."""
+operator; its autograd is in `function`."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tunesmith_kernels.linear_loss import reference
+from tunesmith_kernels.linear_loss import function, reference
 from tunesmith_kernels.linear_loss.backends import Backend, choose, row_kernel
-from tunesmith_kernels.linear_loss.backward import differentiable_once, is_one, scaled
 from tunesmith_kernels.linear_loss.checks import as_rows, check, check_range, constant, flat_target
-from tunesmith_kernels.linear_loss.chunks import Problem, Wanted, compute, remaining
+from tunesmith_kernels.linear_loss.chunks import Problem, Wanted, compute
 from tunesmith_kernels.linear_loss.rows import OUTPUTS, RowOptions, RowOutputs
 
 
@@ -133,106 +132,12 @@ def _chunked(
         options.scale,
         backend,
     )
-    function = _Sum if reduction == "sum" else _Each
-    loss, *stats = cast(
-        tuple[Tensor, ...],
-        function.apply(
-            problem.hidden,
-            problem.weight,
-            problem.bias,
-            problem.target,
-            problem.class_weight,
-            problem.token_weight,
-            factor,
-            numbers,
-            _wanted(problem),
-        ),
+    tensors = (
+        *(problem.hidden, problem.weight, problem.bias),
+        *(problem.target, problem.class_weight, problem.token_weight, factor),
     )
+    loss, *stats = function.apply("linear_cross_entropy", reduction, tensors, numbers)
     return loss, RowOutputs(loss.detach(), *stats)
-
-
-def _wanted(problem: Problem) -> tuple[bool, bool, bool]:
-    on = torch.is_grad_enabled()
-    bias = problem.bias is not None and problem.bias.requires_grad
-    return on and problem.hidden.requires_grad, on and problem.weight.requires_grad, on and bias
-
-
-class _Sum(torch.autograd.Function):
-    """Σ factor·loss, its gradients computed on the way."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, numbers, wanted = args
-        ctx.set_materialize_grads(False)
-        *tensors, factor = tensors
-        # fp16 has no exponents for 1 / (a million tokens): the factor waits for the caller's scale
-        late = factor if tensors[0].dtype == torch.float16 else None
-        losses, *rest = _operator(*tensors, None if late is not None else factor, *numbers, *wanted)
-        stats, gradients = rest[:4], rest[4:]
-        ctx.save_for_backward(*gradients, late)
-        ctx.wanted, ctx.dtypes = wanted, [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
-        ctx.spent = False
-        ctx.mark_non_differentiable(*stats)
-        total = losses.sum()
-        return total if factor is None else total * factor, *stats
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad: Tensor | None = grads[0]
-        if grad is None:
-            return (None,) * 9
-        *gradients, late = ctx.saved_tensors
-        factor, rest = grad if late is None else grad * late, remaining(ctx.dtypes[0])
-        if not torch.compiler.is_compiling():
-            if (
-                ctx.spent
-            ):  # torch notices by itself, but not where hooks hold the saved tensors, as for offloading
-                raise RuntimeError(
-                    "linear_cross_entropy: a second backward: its gradients were scaled in place"
-                )
-            ctx.spent = not is_one(factor, rest)
-        found: list[Tensor | None] = []
-        for wanted, dtype, gradient in zip(ctx.wanted, ctx.dtypes, gradients, strict=True):
-            found.append(scaled(gradient, factor, rest).to(dtype) if wanted else None)
-        return *found, *(None,) * 6
-
-
-class _Each(torch.autograd.Function):
-    """factor·loss of each row. Their upstream gradients are known in the backward only, which computes the logits a
-    second time."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, numbers, wanted = args
-        ctx.set_materialize_grads(False)
-        losses, *rest = _operator(*tensors, *numbers, False, False, False)
-        ctx.save_for_backward(*tensors)
-        ctx.numbers, ctx.wanted = numbers, wanted
-        ctx.mark_non_differentiable(*rest[:4])
-        return losses if tensors[6] is None else losses * tensors[6], *rest[:4]
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad: Tensor | None = grads[0]
-        if grad is None:
-            return (None,) * 9
-        *tensors, factor = ctx.saved_tensors
-        factor = grad.float() if factor is None else grad.float() * factor
-        scale = None
-        if (
-            tensors[0].dtype == torch.float16 and factor.numel()
-        ):  # which has no exponents for a caller's 65536
-            scale = factor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-            factor, scale = factor / scale, scale * remaining(torch.float16)
-        gradients = _operator(*tensors, factor, *ctx.numbers, *ctx.wanted)[5:]
-        found: list[Tensor | None] = []
-        for wanted, tensor, gradient in zip(ctx.wanted, tensors[:3], gradients, strict=True):
-            found.append(
-                (gradient if scale is None else gradient * scale).to(tensor.dtype) if wanted else None
-            )
-        return *found, *(None,) * 6
 
 
 @torch.library.custom_op("tunesmith::linear_cross_entropy", mutates_args=())

@@ -1,8 +1,8 @@
 """Linear distillation: a student's hidden states × head weight, and a teacher → loss and gradients, never the whole
 logits of either.
 
-The formula is in `distillation_rows`, the chunks are in `distillation_chunks`. This file has the public function, the
-torch.library operator and its autograd."""
+The formula is in `distillation_rows`, the chunks are in `distillation_chunks`. This file has the public function and
+the torch.library operator; its autograd is in `function`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tunesmith_kernels.linear_loss import function
 from tunesmith_kernels.linear_loss.backends import Backend, choose
 from tunesmith_kernels.linear_loss.checks import as_rows, constant
-from tunesmith_kernels.linear_loss.chunks import Wanted, remaining
-from tunesmith_kernels.linear_loss.cross_entropy import scaled
+from tunesmith_kernels.linear_loss.chunks import Wanted
 from tunesmith_kernels.linear_loss.distillation_checks import (
     TeacherHidden,
     TeacherLogits,
@@ -104,12 +103,14 @@ def linear_distillation(
     backend: "reference" (whole logits, autograd), "torch" (chunks, torch's operators), "cpu" (chunks, C++), "triton";
         None chooses: see `tunesmith_kernels.explain`.
 
-    The gradients are computed in the forward and scaled in the backward; with `reduction="none"` the logits are
-    computed a second time there. A gradient that nothing asks for is not computed. A second backward through the same
-    loss raises or is right; double backward raises. Nothing of the caller's is written to.
+    The gradients are computed in the forward and scaled in the backward (so that fp16, whose loss scale is not known
+    by then, loses entries of the logits' gradients below 4e-9 of a row's loss, whatever that scale); with
+    `reduction="none"` the logits are computed a second time there. A gradient that nothing asks for is not computed. A
+    second backward through the same loss raises or is right; double backward raises. Nothing of the caller's is
+    written to.
 
     Raises ValueError for shapes, dtypes and combinations that this does not have. A target or an index that is no class
-    raises IndexError on the CPU; on a GPU its loss is NaN or its memory's.
+    raises IndexError on the CPU; on a GPU its loss is NaN.
     """
     options = options_of(teacher, divergence, beta, temperature, kd_weight, ce_weight, softcap or 0.0, scale)
     check_distillation(hidden, weight, target, bias, teacher, options, softcap, reduction)
@@ -168,73 +169,8 @@ def _chunked(
         *(teacher.hidden, teacher.weight, teacher.bias, teacher.logits, teacher.indices, teacher.log_probs),
         *(problem.target, problem.token_weight, factor),
     )
-    on = torch.is_grad_enabled()
-    wanted = tuple(on and tensor is not None and tensor.requires_grad for tensor in tensors[:3])
-    function = _Sum if reduction == "sum" else _Each
-    loss, *stats = cast(tuple[Tensor, ...], function.apply(*tensors, numbers, wanted))
+    loss, *stats = function.apply("linear_distillation", reduction, tensors, numbers)
     return loss, DistillationOutputs(loss.detach(), *stats)
-
-
-_TENSORS = 12  # arguments of the operator, before the numbers; the last is the factor
-_ARGUMENTS = _TENSORS + 2
-
-
-class _Sum(torch.autograd.Function):
-    """Σ factor·loss, its gradients computed on the way."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, numbers, wanted = args
-        ctx.set_materialize_grads(False)
-        losses, *rest = _operator(*tensors, *numbers, *wanted)
-        stats, gradients = rest[:4], rest[4:]
-        ctx.save_for_backward(*gradients)
-        ctx.wanted, ctx.dtypes = wanted, [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
-        ctx.mark_non_differentiable(*stats)
-        total, factor = losses.sum(), tensors[-1]
-        return total if factor is None else total * factor, *stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad: Tensor | None = grads[0]
-        if grad is None:
-            return (None,) * _ARGUMENTS
-        found: list[Tensor | None] = []
-        for wanted, dtype, gradient in zip(ctx.wanted, ctx.dtypes, ctx.saved_tensors, strict=True):
-            found.append(scaled(gradient, grad, remaining(ctx.dtypes[0])).to(dtype) if wanted else None)
-        return *found, *(None,) * (_ARGUMENTS - 3)
-
-
-class _Each(torch.autograd.Function):
-    """factor·loss of each row. Their upstream gradients are known in the backward only, which computes the logits a
-    second time."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, numbers, wanted = args
-        ctx.set_materialize_grads(False)
-        losses, *rest = _operator(*tensors, *numbers, False, False, False)
-        ctx.save_for_backward(*tensors)
-        ctx.numbers, ctx.wanted = numbers, wanted
-        ctx.mark_non_differentiable(*rest[:4])
-        return losses if tensors[-1] is None else losses * tensors[-1], *rest[:4]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad: Tensor | None = grads[0]
-        if grad is None:
-            return (None,) * _ARGUMENTS
-        *tensors, factor = ctx.saved_tensors
-        factor = grad.float() if factor is None else grad.float() * factor
-        gradients = _operator(*tensors, factor, *ctx.numbers, *ctx.wanted)[5:]
-        scale = remaining(tensors[0].dtype)
-        found: list[Tensor | None] = []
-        for wanted, tensor, gradient in zip(ctx.wanted, tensors[:3], gradients, strict=True):
-            exact = gradient if scale == 1.0 else gradient * scale
-            found.append(exact.to(tensor.dtype) if wanted else None)
-        return *found, *(None,) * (_ARGUMENTS - 3)
 
 
 def row_kernel(backend: str) -> DistillationKernel:
@@ -302,13 +238,12 @@ def _operator(
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     want_hidden, want_weight, want_bias = rest[-3:]
     outputs = _new_outputs(hidden, torch.Tensor.new_empty)
-    keep = torch.float32 if hidden.dtype == torch.float16 else weight.dtype
+    fp16 = hidden.dtype == torch.float16
+    bias_dtype = weight.dtype if bias is None else bias.dtype
     gradients = (
         torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
-        weight.new_empty(weight.shape if want_weight else 0, dtype=keep),
-        weight.new_empty(
-            weight.shape[0] if want_bias else 0, dtype=weight.dtype if bias is None else bias.dtype
-        ),
+        weight.new_empty(weight.shape if want_weight else 0, dtype=torch.float32 if fp16 else weight.dtype),
+        weight.new_empty(weight.shape[0] if want_bias else 0, dtype=torch.float32 if fp16 else bias_dtype),
     )
     return *(getattr(outputs, name) for name in DISTILLATION_OUTPUTS), *gradients
 

@@ -23,17 +23,16 @@ def distillation_losses(problem: DistillationProblem) -> tuple[Tensor, Distillat
     options, target, teacher = problem.options, problem.target, problem.teacher
     x = _product(problem.hidden, problem.weight, problem.bias)
     z = transformed(_wide(x), options.softcap, options.scale)
-    u, log_s = z / options.temperature, torch.log_softmax(z, dim=1)
+    log_s, log_q = torch.log_softmax(z, dim=1), torch.log_softmax(z / options.temperature, dim=1)
     top = z == z.amax(dim=1, keepdim=True)
     if teacher.log_probs is not None:
         assert teacher.indices is not None
-        log_p, log_q, _ = buckets(u, teacher.indices, teacher.log_probs.to(u.dtype), options.tail)
+        log_p, log_q, _ = buckets(log_q, teacher.indices, teacher.log_probs.to(z.dtype), options.tail)
         likeliest = teacher.log_probs == teacher.log_probs.amax(dim=1, keepdim=True)
         agree = (likeliest & top.gather(1, teacher.indices)).any(dim=1)
     else:
         t = transformed(_wide(_teacher_logits(teacher)), options.teacher_softcap, options.teacher_scale)
-        t = t.to(torch.promote_types(t.dtype, u.dtype))
-        log_p, log_q = torch.log_softmax(t / options.temperature, dim=1), torch.log_softmax(u, dim=1)
+        log_p = torch.log_softmax(t.to(torch.promote_types(t.dtype, z.dtype)) / options.temperature, dim=1)
         agree = (top & (t == t.amax(dim=1, keepdim=True))).any(dim=1)
     kd = options.temperature**2 * _divergence(log_p, log_q, options)
     loss = options.kd_weight * kd if options.kd_weight else torch.zeros_like(kd)

@@ -113,11 +113,11 @@ def torch_distillation_rows(
     """The row kernel in torch's own operators, on any device: right, and slower than a compiled one."""
     z = transformed(logits.float(), options.softcap, options.scale)
     log_s = torch.log_softmax(z, dim=1)
+    log_q = log_s if options.temperature == 1 else torch.log_softmax(z / options.temperature, dim=1)
     top = z == z.amax(dim=1, keepdim=True)
     if inputs.teacher_logits is not None:
         t = transformed(inputs.teacher_logits.float(), options.teacher_softcap, options.teacher_scale)
         agree = (top & (t == t.amax(dim=1, keepdim=True))).any(dim=1)
-        log_q = log_s if options.temperature == 1 else torch.log_softmax(z / options.temperature, dim=1)
         log_p = torch.log_softmax(t / options.temperature, dim=1)
         divergence, gradient = _divergence(log_p, log_q, options)
     else:
@@ -125,9 +125,7 @@ def torch_distillation_rows(
         assert inputs.log_probs is not None
         likeliest = inputs.log_probs == inputs.log_probs.amax(dim=1, keepdim=True)
         agree = (likeliest & top.gather(1, inputs.indices)).any(dim=1)
-        log_p, log_q, outside = buckets(
-            z / options.temperature, inputs.indices, inputs.log_probs, options.tail
-        )
+        log_p, log_q, outside = buckets(log_q, inputs.indices, inputs.log_probs, options.tail)
         divergence, of_buckets = _divergence(log_p, log_q, options)
         gradient = torch.zeros_like(z) if outside is None else outside.exp_().mul_(of_buckets[:, -1:])
         gradient.scatter_(1, inputs.indices, of_buckets[:, : inputs.indices.shape[1]])
@@ -168,20 +166,20 @@ def transformed(logits: Tensor, softcap: float, scale: float) -> Tensor:
 
 
 def buckets(
-    u: Tensor, indices: Tensor, log_probs: Tensor, tail: bool
+    log_q: Tensor, indices: Tensor, log_probs: Tensor, tail: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p and log q over the buckets of a top-k teacher [rows, k or k + 1]; and for the tail the logarithm of each
-    class's share in it [rows, V], −inf for the k classes. u: the student's logits at the temperature [rows, V]."""
-    inside = u.gather(1, indices)
+    class's share in it [rows, V], −inf for the k classes. log_q: of the student, over all classes [rows, V]."""
+    inside = log_q.gather(1, indices)
     if not tail:
         return torch.log_softmax(log_probs, dim=1), torch.log_softmax(inside, dim=1), None
-    if indices.shape[1] == u.shape[1]:
-        return log_probs, torch.log_softmax(inside, dim=1), None
-    others = u.scatter(1, indices, -math.inf)
-    lse = torch.logsumexp(others, dim=1, keepdim=True)
-    log_q = torch.log_softmax(torch.cat([inside, lse], dim=1), dim=1)
-    rest = (1 - log_probs.double().exp().sum(dim=1, keepdim=True)).clamp_min(TAIL_FLOOR).log()
-    return torch.cat([log_probs, rest.to(log_probs.dtype)], dim=1), log_q, others - lse
+    if indices.shape[1] == log_q.shape[1]:
+        return log_probs, inside, None
+    others = log_q.scatter(1, indices, -math.inf)
+    rest_q = torch.logsumexp(others, dim=1, keepdim=True)
+    rest_p = (1 - log_probs.double().exp().sum(dim=1, keepdim=True)).clamp_min(TAIL_FLOOR).log()
+    log_p = torch.cat([log_probs, rest_p.to(log_probs.dtype)], dim=1)
+    return log_p, torch.cat([inside, rest_q], dim=1), others - rest_q
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, options: DistillationOptions) -> tuple[Tensor, Tensor]:
