@@ -65,7 +65,10 @@ def test_without_the_library_the_updates_are_the_same(tmp_path: Path) -> None:
     [("false", "/false"), ("no-such-compiler", "no C++ compiler found (CXX=no-such-compiler)")],
 )
 def test_without_a_compiler_the_reason_is_said(compiler: str, reason: str, tmp_path: Path) -> None:
-    program = "import sys, torch; from tunesmith_kernels.adamw import path_for; torch.save(path_for('cpu'), sys.argv[2])"
+    program = (
+        "import sys, torch; from tunesmith_kernels.adamw import path_for\n"
+        "torch.save(path_for('cpu'), sys.argv[2])"
+    )
     name, why = _run(program, tmp_path / "out.pt", tmp_path, {"CXX": compiler})
     assert name == "reference"
     assert reason in why
