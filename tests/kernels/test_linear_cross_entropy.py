@@ -112,6 +112,18 @@ def test_upstream_gradient(upstream: float, backend: str, dtype: torch.dtype) ->
     hold_case(replace(made, upstream=upstream), backend)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize(("normalizer", "scale"), [(1e6, 65536.0), (1.0, 65536.0 / 1024)])
+def test_fp16_under_a_loss_scale(normalizer: float, scale: float, reduction: str) -> None:
+    """Neither 1 / (a million tokens) is lost before the scale is known, nor does the scale overflow on top of ours."""
+    made = (
+        case(100, 24, 103).given(normalizer=torch.tensor(normalizer), reduction=reduction).to(torch.float16)
+    )
+    hold_case(
+        replace(made, upstream=scale), "torch", torch.full((100,), scale) if reduction == "none" else None
+    )
+
+
 @in_every_backend
 @pytest.mark.usefixtures("small_chunks")
 def test_each_rows_own_upstream_gradient(backend: str, dtype: torch.dtype) -> None:
