@@ -122,6 +122,13 @@ def test_what_the_kernel_cannot_do_is_told(change: Callable[[Any], Any], said: s
         stand_in.cross_entropy(torch.zeros(2, 5, dtype=torch.int64), normalizer=torch.tensor(1.0))
 
 
+def test_it_has_no_attribute_that_a_tensor_has_not() -> None:
+    stand_in = HeadOutput(nn.Linear(8, 13), None, torch.randn(2, 5, 8))
+    assert not hasattr(stand_in, "ds_param_alias"), "by which DeepSpeed finds parameters among outputs"
+    assert not isinstance(stand_in, Tensor)
+    assert stand_in.shape == (2, 5, 13)
+
+
 def test_scale_then_cap_then_scale() -> None:
     head, hidden = nn.Linear(8, 13), torch.randn(2, 5, 8) * 3
     labels = torch.randint(0, 13, (2, 5))

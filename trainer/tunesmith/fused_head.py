@@ -125,7 +125,8 @@ class HeadOutput:
         return stand_in._spoilt(f"they go through {getattr(func, '__name__', func)}")
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        # what a tensor has not, it has not either: engines' hooks ask outputs for marks of their own
+        if name.startswith("_") or not hasattr(Tensor, name):
             raise AttributeError(name)
         return lambda *args, **kwargs: self._spoilt(f"they go through {name}")
 
