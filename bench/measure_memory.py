@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,7 @@ class Case:
     freeze: tuple[str, ...] = ()
     lora: dict[str, Any] | None = None  # r, target_modules, dropout
     nf4: bool = False
+    kernels: str = "auto"
     bucket: int | None = None  # elements of DeepSpeed's buckets, where not the engine's own
 
     def recipe(self) -> Any:
@@ -81,6 +82,7 @@ class Case:
                     "max_steps": STEPS,
                 },
                 "parallel": self.parallel,
+                "kernels": self.kernels,
                 "run_name": "measured",
             }
         )
@@ -102,10 +104,13 @@ class _NoTokenizer:
 
 
 def _batches(case: Case, task: Any, config: Any, rank: int) -> list[Any]:
-    """Random tokens: rows of which one is short, where the case is padded, or two samples in every packed sequence."""
+    """Random tokens: rows of which one is short, where the case is padded, or two samples in every packed sequence.
+    In both, one token has no label: a fused loss then copies the others' rows."""
     import torch
 
+    from tunesmith.batch import IGNORED
     from tunesmith.planning.tasks import Shape, source_length, target_length
+    from tunesmith.terms import TokenCrossEntropy
 
     generator = torch.Generator().manual_seed(rank)
     objective = case.recipe().objective
@@ -124,6 +129,8 @@ def _batches(case: Case, task: Any, config: Any, rank: int) -> list[Any]:
             batch.inputs["attention_mask"][0, length // 2 :] = 0
         if case.objective["type"] in {"causal_lm", "masked_lm"}:
             batch.targets["labels"] = ids.clone()
+        if (case.packing or case.padded) and any(isinstance(term, TokenCrossEntropy) for term in task.terms):
+            batch.targets["labels"][0, -1] = IGNORED
         made.append(batch)
     return made
 
@@ -218,13 +225,18 @@ def _buckets(case: Case) -> Iterator[None]:
 def _run(case: Case, engine: Any, built: tuple[Any, Any, Any] | None) -> None:
     import torch
 
+    from tunesmith.fused_head import FusedHead
+    from tunesmith.fusing import choose_head
     from tunesmith.loss_scale import LossScale
+    from tunesmith.optim import Spec
     from tunesmith.step import train_step
 
     module, fill, task = built or _build(case, engine)
     config = module.model.config
+    head = choose_head(case.recipe(), module.model, task)
     with _buckets(case):
-        engine.prepare(module, fill, case.recipe().optim)
+        engine.prepare(module, fill, Spec.of(case.recipe()))
+    module.fused_head = head if isinstance(head, FusedHead) else None
     batches = _batches(case, task, config, engine.rank)
     engine.module.train()
     engine.rehearse(batches[0], torch.ones(len(task.terms), device=engine.device))
@@ -247,8 +259,26 @@ def _run(case: Case, engine: Any, built: tuple[Any, Any, Any] | None) -> None:
     assert float(broken) == 0.0
 
 
-def measure(case: Case, *, keep_events: bool = False) -> tuple[int, list[tuple[int, int]]]:
-    """(the peak in bytes, the record of (bytes allocated or released, sum) where asked for) of this rank."""
+def allocated(
+    run: Callable[[], None], before: Callable[[], None] | None = None
+) -> tuple[int, list[tuple[int, int]]]:
+    """(the most that the CPU's allocator has handed out during `run`, above what it had `before` that, the record of
+    (bytes allocated or released, sum))."""
+    import torch
+
+    with _profile() as start:
+        torch.empty(1)
+    if before is not None:
+        before()
+    with _profile() as profile:
+        run()
+    (size, total), *_ = _allocations(start)
+    events = _allocations(profile)
+    return max(total for _, total in events) - (total - size), events
+
+
+def measure(case: Case) -> tuple[int, list[tuple[int, int]]]:
+    """(the peak in bytes, on the CPU the record of (bytes allocated or released, sum)) of this rank."""
     import torch
 
     from tunesmith.engine import build_engine
@@ -262,15 +292,14 @@ def measure(case: Case, *, keep_events: bool = False) -> tuple[int, list[tuple[i
             _run(case, engine, None)
             return torch.cuda.max_memory_allocated() - before, []
         _count_in_all_threads()
-        with _profile() as start:
-            torch.empty(1)
-        # quantising here takes more than the trainer's loading will: it comes before what is measured
-        built = _build(case, engine) if case.nf4 else None
-        with _profile() as profile:
-            _run(case, engine, built)
-        (size, total), *_ = _allocations(start)
-        events = _allocations(profile)
-        return max(total for _, total in events) - (total - size), events if keep_events else []
+        built: list[tuple[Any, Any, Any]] = []
+
+        def build() -> None:
+            # quantising here takes more than the trainer's loading will: its peak is not counted, what it leaves is
+            if case.nf4:
+                built.append(_build(case, engine))
+
+        return allocated(lambda: _run(case, engine, built[0] if built else None), build)
     finally:
         engine.close()
 

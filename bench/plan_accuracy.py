@@ -80,6 +80,17 @@ GPT2: dict[str, Any] = {
     "vocab_size": 3000,
     "n_positions": 512,
 }
+VERY = LLAMA | {"num_hidden_layers": 2, "vocab_size": 64000}
+T5: dict[str, Any] = {
+    "model_type": "t5",
+    "d_model": 192,
+    "d_kv": 32,
+    "d_ff": 512,
+    "num_layers": 4,
+    "num_heads": 6,
+    "vocab_size": 8000,
+    "decoder_start_token_id": 0,
+}
 SEQ2SEQ = {"type": "seq2seq", "max_target_length": 48}
 
 
@@ -105,6 +116,17 @@ def _one() -> list[Case]:
         case("gemma3", GEMMA),
         case("gemma3 checkpointing bf16", GEMMA, checkpointing=True, precision="bf16"),
         case("gpt2", GPT2),
+        case("gpt2 bf16", GPT2, precision="bf16", rows=8),
+        case("t5", T5, objective=SEQ2SEQ, rows=8),
+        case("t5 bf16", T5, objective=SEQ2SEQ, precision="bf16"),
+        case("bert masked_lm", BERT, objective={"type": "masked_lm"}, rows=8),
+        case("llama whole logits", LLAMA, kernels="reference"),
+        case("large vocabulary whole logits", VOCABULARY, kernels="reference"),
+        case("large vocabulary bf16 whole logits", VOCABULARY, precision="bf16", kernels="reference", rows=8),
+        case("very large vocabulary", VERY, rows=8),
+        case("very large vocabulary bf16", VERY, precision="bf16", rows=8),
+        case("very large vocabulary whole logits", VERY, kernels="reference", rows=8),
+        case("head frozen", VOCABULARY, freeze=("lm_head*",)),
         case(
             "bert classification",
             BERT,
@@ -140,6 +162,7 @@ def _several(world: int) -> list[Case]:
         case("llama", "fsdp2"),
         case("deep checkpointing bf16", "fsdp2", DEEP, checkpointing=True, precision="bf16"),
         case("vocabulary bf16", "fsdp2", VOCABULARY, precision="bf16"),
+        case("vocabulary bf16 whole logits", "fsdp2", VOCABULARY, precision="bf16", kernels="reference"),
     ]
     for stage in ("zero1", "zero2", "zero3"):
         cases.append(case("llama", stage, bucket=1_000_000))
@@ -153,9 +176,14 @@ def _several(world: int) -> list[Case]:
     cases += [
         case("bf16 2 micro-steps", "ddp", precision="bf16", accumulation=2),
         case("bert", "ddp", BERT, objective={"type": "classification", "problem": "single_label"}, rows=8),
+        case("vocabulary", "ddp", VOCABULARY),
+        case("vocabulary bf16 whole logits", "ddp", VOCABULARY, precision="bf16", kernels="reference"),
         case("bf16", "fsdp2", precision="bf16"),
         case("tied 2 micro-steps", "fsdp2", LLAMA | {"tie_word_embeddings": True}, accumulation=2),
         case("packed checkpointing", "fsdp2", DEEP, checkpointing=True, packing=True),
+        case("vocabulary", "fsdp2", VOCABULARY),
+        case("gpt2 bf16", "fsdp2", GPT2, precision="bf16"),
+        case("t5", "fsdp2", T5, objective=SEQ2SEQ),
         case("bart", "fsdp2", BART, objective=SEQ2SEQ),
         case("bert", "fsdp2", BERT, objective={"type": "classification", "problem": "single_label"}, rows=8),
         case("gemma3 bf16", "fsdp2", GEMMA, precision="bf16"),
@@ -163,6 +191,10 @@ def _several(world: int) -> list[Case]:
     for stage in ("zero1", "zero2", "zero3"):
         cases.append(case("bf16 2 micro-steps", stage, precision="bf16", accumulation=2, bucket=1_000_000))
         cases.append(case("packed, a bucket for all", stage, packing=True, rows=2, bucket=8_000_000))
+        cases.append(case("vocabulary bf16", stage, VOCABULARY, precision="bf16", bucket=4_000_000))
+        cases.append(
+            case("vocabulary whole logits", stage, VOCABULARY, kernels="reference", bucket=4_000_000)
+        )
     return cases
 
 

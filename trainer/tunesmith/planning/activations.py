@@ -17,7 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tunesmith.fused_head import FusedHead
 from tunesmith.module import Loss, TrainModule
+from tunesmith.planning import fused
+from tunesmith.planning.fused import Spike, traceable
 from tunesmith.planning.kernels import kernels_of
 from tunesmith.planning.layers import Stack, layer_modules
 from tunesmith.planning.recorder import Phase, Recorder, Span, fake_parameters, values_are_asked
@@ -43,7 +46,8 @@ class Variant:
 @dataclass(frozen=True, slots=True)
 class Part:
     """A span for any micro-batch: `at(rows)` [events, 5] are live, gradients, logits (bytes), flops and moved
-    (bytes) of each event. `stack` and `place` say which layer it is: place -1 for what is none."""
+    (bytes) of each event. `stack` and `place` say which layer it is: place -1 for what is none. `spikes` come on top:
+    the fused losses."""
 
     phase: Phase
     stack: int
@@ -54,9 +58,13 @@ class Part:
         0.0,
         0.0,
     )  # live bytes when the next part begins, less those at the beginning
+    spikes: tuple[Spike, ...] = ()
 
     def at(self, rows: int) -> NDArray[np.float64]:
-        return self.constant + rows * self.slope
+        table = self.constant + rows * self.slope
+        for spike in self.spikes:
+            table[spike.event, [0, 2, 3, 4]] += spike.at(rows)
+        return table
 
     def kept(self, rows: int) -> float:
         """What the part leaves behind (or, negative, lets go of)."""
@@ -100,9 +108,12 @@ class Profile:
                 yield by_place[place], layer
 
 
-def profile(model: Any, stacks: Sequence[Stack], task: Task, shape: Shape, variant: Variant) -> Profile:
-    """Traces `model` (cut to its kept layers, on meta) at two micro-batches; `shape.rows` is not looked at."""
-    few, many = (record(model, stacks, task, _with_rows(shape, rows), variant) for rows in _ROWS)
+def profile(
+    model: Any, stacks: Sequence[Stack], task: Task, shape: Shape, variant: Variant, head: FusedHead | None
+) -> Profile:
+    """Traces `model` (cut to its kept layers, on meta) at two micro-batches; `shape.rows` is not looked at. `head`: of
+    the model, where the loss is computed without logits. Raises ValueError where it cannot be."""
+    few, many = (record(model, stacks, task, _with_rows(shape, rows), variant, head) for rows in _ROWS)
     assert [(s.phase, s.layer) for s in few] == [(s.phase, s.layer) for s in many]
     names = _places(stacks)
     parts = [_part(a, b, *names.get(a.layer, (-1, -1))) for a, b in zip(few, many, strict=True)]
@@ -130,12 +141,18 @@ def _stands_for(stacks: Sequence[Stack], stack: int, place: int) -> int:
 
 def _part(few: Span, many: Span, stack: int, place: int) -> Part:
     a, b = _table(few), _table(many)
+    spikes = _spikes(few, _ROWS[0])
     if len(a) != len(
         b
     ):  # an operation that only one of the sizes needs: what counts is where each ends and peaks
-        a, b = _outline(a), _outline(b)
+        a, b = _outline(few), _outline(many)
+        spikes = tuple(replace(spike, event=1 + i) for i, spike in enumerate(spikes))
     slope = (b - a) / (_ROWS[1] - _ROWS[0])
-    return Part(few.phase, stack, place, a - _ROWS[0] * slope, slope)
+    return Part(few.phase, stack, place, a - _ROWS[0] * slope, slope, spikes=spikes)
+
+
+def _spikes(span: Span, rows: int) -> tuple[Spike, ...]:
+    return tuple(Spike(event, call, call.rows / rows) for event, call in span.fused)
 
 
 def _table(span: Span) -> NDArray[np.float64]:
@@ -143,38 +160,53 @@ def _table(span: Span) -> NDArray[np.float64]:
     return np.array(rows or [[0] * len(_FIELDS)], dtype=np.float64)
 
 
-def _outline(table: NDArray[np.float64]) -> NDArray[np.float64]:
+def _outline(span: Span) -> NDArray[np.float64]:
+    table = _table(span)
     inner = [table[table[:, 0].argmax()], table[(table[:, 0] + table[:, 1]).argmax()]]
     total = table[:, 3:].sum(0)
-    rows = np.stack([table[0], *inner, table[-1]])
+    rows = np.stack([table[0], *(table[event] for event, _ in span.fused), *inner, table[-1]])
     rows[:, 3:] = total / len(rows)
     return rows
 
 
-def traced(model: Any, stacks: Sequence[Stack], task: Task, shape: Shape, variant: Variant) -> Profile:
-    """The profile of exactly `shape.rows` rows of a model that is not cut: nothing in it is put together."""
-    spans = record(model, stacks, task, shape, variant)
+def traced(
+    model: Any, stacks: Sequence[Stack], task: Task, shape: Shape, variant: Variant, head: FusedHead | None
+) -> Profile:
+    """The profile of exactly `shape.rows` rows of a model that is not cut: nothing in it is put together. For the rest
+    see `profile`."""
+    spans = record(model, stacks, task, shape, variant, head)
     names = _places(stacks)
     parts: list[Part] = []
     for span in spans:
         table = _table(span)
-        parts.append(Part(span.phase, *names.get(span.layer, (-1, -1)), table, np.zeros_like(table)))
+        where = names.get(span.layer, (-1, -1))
+        parts.append(Part(span.phase, *where, table, np.zeros_like(table), spikes=_spikes(span, shape.rows)))
     return Profile(tuple(_advanced(part, after) for part, after in pairwise(parts)), tuple(stacks))
 
 
-def record(model: Any, stacks: Sequence[Stack], task: Task, shape: Shape, variant: Variant) -> list[Span]:
+def record(
+    model: Any, stacks: Sequence[Stack], task: Task, shape: Shape, variant: Variant, head: FusedHead | None
+) -> list[Span]:
     """The spans of one forward and backward of `model`, whose parameters are replaced by fake ones."""
     from torch._subclasses import FakeTensorMode
 
-    logits, device = _logits_sizes(model, shape), torch.device("cpu")
+    device = torch.device("cpu")
     with values_are_asked(), FakeTensorMode(), kernels_of(zero3=variant.zero3, cuda=variant.cuda):
         _set_checkpointing(model, variant.checkpointing)
         fake_parameters(model, device, variant.parameters)
         module = TrainModule(model, task, variant.autocast)  # type: ignore[arg-type]
         module.train()
+        module.fused_head = None if head is None else traceable(head)
+        loss = None if head is None else fused.Loss(head.backend, variant.cuda)
         copies = {number: _stands_for(stacks, *place) - 1 for number, place in _places(stacks).items()}
         regular = not (shape.padded or shape.packed)
-        recorder = Recorder(logits_sizes=logits, regular=regular, copies=copies)
+        recorder = Recorder(
+            logits_rows=_logits_rows(shape),
+            vocabulary=vocabulary_of(model.config),
+            regular=regular,
+            copies=copies,
+            loss=loss,
+        )
         handles = list(_mark(model, stacks, recorder))
         try:
             with recorder:
@@ -195,10 +227,14 @@ def _step(module: TrainModule, task: Task, shape: Shape, device: torch.device, r
     recorder.begin("step", -1)
 
 
-def _logits_sizes(model: Any, shape: Shape) -> frozenset[int]:
-    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
+def _logits_rows(shape: Shape) -> frozenset[int]:
     length = shape.target_length or shape.length
-    return frozenset(shape.rows * positions * vocabulary for positions in (length, length - 1))
+    return frozenset(shape.rows * positions for positions in (length, length - 1))
+
+
+def vocabulary_of(config: Any) -> int:
+    """Classes of a language model's head; 0 where there is none."""
+    return int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
 
 
 def _set_checkpointing(model: Any, wanted: bool) -> None:

@@ -4,15 +4,18 @@ tokenizer are not needed."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from tunesmith.errors import UserError
+from tunesmith.fused_head import FusedHead
+from tunesmith.fusing import choose_head
 from tunesmith.model import override_dropout, resolve_path
-from tunesmith.planning.activations import Profile, Variant, profile, traced
+from tunesmith.planning.activations import Profile, Variant, profile, traced, vocabulary_of
 from tunesmith.planning.adapters import Lora, adapt, quantise
 from tunesmith.planning.layers import cut, find_stacks, uncut
 from tunesmith.planning.tasks import Shape, source_length, target_length, task_of
@@ -20,6 +23,7 @@ from tunesmith.planning.workload import Workload, units_of
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.model import TrainTokenizer
 from tunesmith.recipe.parallel import FSDP2, Parallel, Zero3
+from tunesmith.terms import TokenCrossEntropy
 from tunesmith.trainable import apply_trainable
 
 
@@ -34,6 +38,7 @@ class Inspected:
     notes: list[str]
     lora: Lora | None = None
     nf4: bool = False
+    whole_logits: str | None = None  # why the loss needs them, as far as is known
     _profiles: dict[Variant, Profile] = field(default_factory=dict[Variant, Profile])
 
     def model(self) -> Any:
@@ -62,16 +67,41 @@ class Inspected:
 
     def profile(self, variant: Variant) -> Profile:
         if variant not in self._profiles:
-            model, work = self.model(), self.workload
-            cut(model, work.stacks)
-            self._profiles[variant] = profile(model, work.stacks, work.task, work.shape, variant)
+            work = self.workload
+
+            def of(model: Any, head: FusedHead | None) -> Profile:
+                cut(model, work.stacks)
+                return profile(model, work.stacks, work.task, work.shape, variant, head)
+
+            self._profiles[variant] = self._with_the_head(of)
         return self._profiles[variant]
 
     def traced(self, variant: Variant, rows: int) -> Profile:
         """The whole depth at exactly so many rows."""
         work = self.workload
         shape = Shape(rows, work.shape.length, work.shape.target_length, work.shape.padded, work.shape.packed)
-        return traced(self.model(), uncut(work.stacks), work.task, shape, variant)
+        stacks = uncut(work.stacks)
+        return self._with_the_head(lambda model, head: traced(model, stacks, work.task, shape, variant, head))
+
+    def head(self, model: Any) -> FusedHead | str:
+        """Whether the run would compute the loss of `model` without logits; why not."""
+        return self.whole_logits or choose_head(self.recipe, model, cast(Any, self.workload.task))
+
+    def _with_the_head(self, trace: Callable[[Any, FusedHead | None], Profile]) -> Profile:
+        """What `trace` makes of a model, and of its head where the loss is computed without logits. The run would find
+        at its start what cannot be (tunesmith.fusing), and use the model's own logits."""
+        model = self.model()
+        head = self.head(model)
+        if isinstance(head, FusedHead):
+            try:
+                return trace(model, head)
+            except ValueError as error:
+                why, model = str(error), self.model()
+                found = trace(model, None)
+                self.whole_logits = why
+                self.notes.append(f"the loss is computed from whole logits: {why}")
+                return found
+        return trace(model, None)
 
 
 def inspect(
@@ -98,13 +128,23 @@ def inspect(
     if chosen == "auto":
         chosen = "bf16"
         notes.append("training.precision: auto counted as bf16")
+    if chosen.startswith("bf16_"):
+        notes.append(f"training.precision: {chosen} counted as bf16, which needs as much or more")
+        chosen = "bf16"
     task = task_of(objective)
     empty = Workload(
-        _name(recipe), task, shape, chosen, recipe.optim, recipe.training.global_batch_size,
+        _name(recipe), task, shape, chosen, recipe.optim, recipe.each_kernel, recipe.training.global_batch_size,
         root=units_of(torch.nn.Module(), [])[0], layers=(), stacks=(), buffers=0, can_checkpoint=False, vocabulary=0,
     )  # fmt: skip
     found = Inspected(empty, recipe, config, attention, notes, lora, nf4)
     model = found.model()
+    if any(isinstance(term, TokenCrossEntropy) for term in task.terms):
+        head = found.head(model)
+        notes.append(
+            "every position is taken to have a label"
+            if isinstance(head, FusedHead)
+            else f"the loss is computed from whole logits: {head}"
+        )
     stacks = find_stacks(model)
     root, layers = units_of(model, stacks)
     found.workload = Workload(
@@ -113,13 +153,14 @@ def inspect(
         shape,
         chosen,
         recipe.optim,
+        recipe.each_kernel,
         recipe.training.global_batch_size,
         root,
         layers,
         tuple(stacks),
         sum(b.numel() * b.element_size() for b in model.buffers()),
         bool(model.supports_gradient_checkpointing),
-        int(getattr(config.get_text_config(), "vocab_size", 0) or 0),
+        vocabulary_of(config),
     )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from tunesmith.recipe.kernels import Kernels
 from tunesmith.recipe.optim import SGD, Adafactor, Adagrad, Adam, AdamW, AdamW8bit, Lion8bit, Optim, RMSprop
 
 _8BIT_FROM = (
@@ -46,17 +47,20 @@ def _eight_bit(numel: int, moments: int) -> int:
     return moments * (numel + 4 * scales)
 
 
-def temporaries(settings: Optim, shapes: Sequence[tuple[int, ...]], device: str) -> int:
-    """The most that one update needs beside gradients and state. The fused optimizers need nothing; RMSprop takes a
-    root per tensor; Adafactor squares the gradient, then holds a variance and the update, per tensor (torch.optim's
-    single-tensor implementations). bitsandbytes' kernels for CUDA need nothing; on the CPU its 8-bit optimizers are
-    made of torch's operations, on moments in fp32 (bitsandbytes/backends/default/ops.py)."""
+def temporaries(settings: Optim, kernels: Kernels, shapes: Sequence[tuple[int, ...]], device: str) -> int:
+    """The most that one update needs beside gradients and state. Our own and torch's fused ones need nothing; RMSprop
+    takes a root per tensor; Adafactor squares the gradient, then holds a variance and the update, per tensor
+    (torch.optim's single-tensor implementations). bitsandbytes' kernels for CUDA need nothing; on the CPU its 8-bit
+    optimizers (Lion, and AdamW where the recipe asks for the reference) are made of torch's operations, on moments in
+    fp32 (bitsandbytes/backends/default/ops.py)."""
     largest = max((prod(shape) for shape in shapes), default=0)
     match settings:
         case RMSprop():
             return 4 * largest
         case Adafactor():
             return 8 * largest
+        case AdamW8bit() if kernels.adamw_8bit != "reference":
+            return 0
         case AdamW8bit() | Lion8bit() if device == "cpu":
             return 5 * 4 * largest  # AdamW: two moments, a root, the quotient and its product with the rate
         case _:

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from tunesmith.planning.fused import OPERATOR, Loss
+from tunesmith_kernels.linear_loss.workspace import Shapes
+
 Phase = Literal["forward", "backward", "step"]
 
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
@@ -41,34 +44,40 @@ class Event:
 @dataclass(slots=True)
 class Span:
     """The events of one part of the model in one phase: `layer` is its number among the traced layers, -1 for what
-    comes before the first of its stack, -2 for what comes behind the last (the head and the loss)."""
+    comes before the first of its stack, -2 for what comes behind the last (the head and the loss). `fused`: the
+    events at which a loss is computed without logits, which say nothing of what happens within it."""
 
     phase: Phase
     layer: int
     events: list[Event] = field(default_factory=list[Event])
+    fused: list[tuple[int, Shapes]] = field(default_factory=list[tuple[int, Shapes]])
 
 
 class Recorder(TorchDispatchMode):
-    """Records events while it is entered. `logits_sizes` are the element counts of tensors to be booked as logits.
+    """Records events while it is entered. Tensors [..., vocabulary] of `logits_rows` rows are booked as logits.
     `regular` answers what model code asks about the *values* of masks: whether nothing is padded or packed.
     `copies[n]`: how many more layers than itself layer n stands for; what it made and the head or the embedding lets go
-    of (autocast's copies of weights, say), they let go of for all of them."""
+    of (autocast's copies of weights, say), they let go of for all of them. `loss`: what computes a fused loss."""
 
     def __init__(
         self,
         *,
-        logits_sizes: frozenset[int] = frozenset(),
+        logits_rows: frozenset[int] = frozenset(),
+        vocabulary: int = 0,
         regular: bool = True,
         copies: Mapping[int, int] | None = None,
+        loss: Loss | None = None,
     ) -> None:
         super().__init__()
+        self._loss = loss
         self._copies = copies or {}
         self._let_go = 0  # bytes of layers that are not there
         self.live = 0
         self.logits = 0
         self.gradients = 0
         self.spans: list[Span] = [Span("forward", -1, [Event(0, 0, 0, 0, 0)])]
-        self._logits_sizes = logits_sizes
+        self._logits_rows = logits_rows
+        self._vocabulary = vocabulary
         self._regular = regular
         self._sizes: dict[int, tuple[int, bool, int]] = {}  # bytes, whether logits, more bytes elsewhere
         self._pending: tuple[Event, weakref.ref[Any], int] | None = None
@@ -100,7 +109,12 @@ class Recorder(TorchDispatchMode):
         event = Event(
             self.live - self._let_go, self.gradients, self.logits, _flops(func, args, kwargs, out), 0
         )
-        if made or not _is_view(func):
+        if func.overloadpacket is OPERATOR:
+            assert self._loss is not None
+            # where rows are padded or packed, some positions have no label
+            call = self._loss.call(args, all_rows=self._regular)
+            self.spans[-1].fused.append((len(self.spans[-1].events), call))
+        elif made or not _is_view(func):
             event.moved = made + sum(t.numel() * t.element_size() for t in given)
         self.spans[-1].events.append(event)
         if func is _ADD and self.in_backward and made and isinstance(args[0], Tensor):
@@ -131,7 +145,7 @@ class Recorder(TorchDispatchMode):
         if key in self._sizes:
             return 0
         size = storage.nbytes() if counted else 0
-        is_logits = tensor.is_floating_point() and tensor.numel() in self._logits_sizes
+        is_logits = self._is_logits(tensor)
         span = self.spans[-1]
         elsewhere = size * self._copies.get(span.layer, 0) if span.phase == "forward" else 0
         self._sizes[key] = (size, is_logits, elsewhere)
@@ -139,6 +153,11 @@ class Recorder(TorchDispatchMode):
         self.logits += size * is_logits
         weakref.finalize(storage, self._drop, key)
         return size
+
+    def _is_logits(self, tensor: Tensor) -> bool:
+        if not tensor.is_floating_point() or tensor.ndim < 2 or tensor.shape[-1] != self._vocabulary:
+            return False
+        return tensor.numel() // max(1, self._vocabulary) in self._logits_rows
 
     def hand_on(self, tensor: Tensor) -> None:
         """A layer's output is the next one's to let go of, and of no other of the layers that it stands for."""

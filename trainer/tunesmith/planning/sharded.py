@@ -59,7 +59,9 @@ def moments(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
     if setup.accumulation(workload) > 1:
         yield from _micro_step(workload, setup, shards, width, found, full, fresh=False)
     if not setup.parallel.offload:
-        needed = max(norm_bytes(setup, slices / 4), temporaries(workload.optim, local, setup.device))
+        needed = max(
+            norm_bytes(setup, slices / 4), temporaries(workload.optim, workload.kernels, local, setup.device)
+        )
         yield replace(full, activations=needed, moment="optimizer's step")
 
 

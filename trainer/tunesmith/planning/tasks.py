@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.batch import Batch
+from tunesmith.objectives.base import Objective
 from tunesmith.objectives.seq2seq import decoder_inputs
 from tunesmith.recipe import objective as settings
 from tunesmith.terms import (
@@ -48,6 +49,7 @@ class Task:
     terms: tuple[Term, ...]
     kind: str  # what the targets are: tokens | rows | numbers | spans | sequence
     token_types: bool = False
+    predict = Objective.predict  # the metrics of what has a language model's head need no logits
 
     @property
     def auto_class(self) -> Any:

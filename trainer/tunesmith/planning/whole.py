@@ -29,5 +29,8 @@ def moments(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
     if setup.accumulation(workload) > 1:
         for place in found:
             yield place.peak(keeps_gradients=False, base=full)
-    needed = max(norm_bytes(setup, workload.trainable), temporaries(workload.optim, shapes, setup.device))
+    needed = max(
+        norm_bytes(setup, workload.trainable),
+        temporaries(workload.optim, workload.kernels, shapes, setup.device),
+    )
     yield replace(full, activations=needed, moment="optimizer's step")

@@ -10,6 +10,7 @@ from torch import nn
 
 from tunesmith.planning.layers import Stack
 from tunesmith.planning.tasks import Shape, Task
+from tunesmith.recipe.kernels import Kernels
 from tunesmith.recipe.optim import Optim
 
 
@@ -71,6 +72,7 @@ class Workload:
     shape: Shape
     precision: str  # fp32 | bf16 | fp16
     optim: Optim
+    kernels: Kernels
     rows_per_step: int
     root: Unit
     layers: tuple[tuple[Unit, ...], ...]

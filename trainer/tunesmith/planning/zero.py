@@ -101,7 +101,10 @@ def _stages_1_and_2(workload: Workload, setup: Setup, found: list[Place]) -> Ite
             yield replace(last, buffers=bucket, gradients=before + owned)
     step = replace(held, gradients=owned, activations=4.0 * max(parts), moment="optimizer's step")
     yield replace(step, activations=max(step.activations, norm_bytes(setup, sum(parts))))
-    yield replace(step, activations=temporaries(workload.optim, flats, setup.device) + 4.0 * max(parts))
+    yield replace(
+        step,
+        activations=temporaries(workload.optim, workload.kernels, flats, setup.device) + 4.0 * max(parts),
+    )
 
 
 def _reductions(place: Place, in_bucket: float, bucket: float) -> tuple[list[tuple[float, float]], float]:
@@ -156,7 +159,9 @@ def _stage3(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
             yield replace(here, buffers=bucket + filled * (1 + gloo))
     last = replace(held, gather=4.0 * gathers.end, moment="reduction of the gradients")
     yield replace(last, buffers=bucket + min(in_bucket, bucket) * (1 + gloo))
-    step = 4.0 * max(size for (size,) in flats) + temporaries(workload.optim, flats, setup.device)
+    step = 4.0 * max(size for (size,) in flats) + temporaries(
+        workload.optim, workload.kernels, flats, setup.device
+    )
     yield replace(held, activations=max(step, norm_bytes(setup, trained / 4)), moment="optimizer's step")
 
 
