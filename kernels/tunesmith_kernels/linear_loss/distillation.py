@@ -129,6 +129,7 @@ def linear_distillation(
     factor = None if factor is None else factor.reciprocal()
     name = choose(flat, backend)
     if name == "reference":
+        check_distillation_range(problem)
         losses, outputs = distillation_losses(problem)
         losses = losses if factor is None else losses * factor
         loss = losses.sum() if reduction == "sum" else losses

@@ -74,7 +74,9 @@ def _divergence(log_p: Tensor, log_q: Tensor, options: DistillationOptions) -> T
             return _kl(log_q, log_p)
         case "jsd":
             beta = options.beta
-            log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+            none = (log_p == -math.inf) & (log_q == -math.inf)  # logaddexp has no gradient there
+            of_p, of_q = log_p.masked_fill(none, 0.0), log_q.masked_fill(none, 0.0)
+            log_m = torch.logaddexp(of_p + math.log(beta), of_q + math.log1p(-beta))
             return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 
