@@ -36,6 +36,12 @@ bench: install
 	OMP_WAIT_POLICY=passive $(BIN)/python bench/step_time.py
 	$(BIN)/python bench/engine_time.py --parts
 
+# On a machine with a GPU, in under ten minutes: parity, memory and ratios of the kernels, into kernels/results. Without
+# the .venv: PYTHON is one that has torch and triton. GPU_CHECK: options of bench/gpu_check.py, such as --status.
+.PHONY: gpu-check
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(GPU_CHECK)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
