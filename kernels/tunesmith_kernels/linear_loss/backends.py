@@ -25,7 +25,6 @@ def choose(hidden: Tensor, asked: str | None) -> Backend:
     raise ValueError(f"linear loss: no backend {asked!r}: one of {', '.join(get_args(Backend))}")
 
 
-@torch.compiler.assume_constant_result  # looks for a compiler and loads a library: nothing that dynamo could trace
 def path_for(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
     """The backend that is chosen for hidden states of a device and dtype, and why, in one line."""
     if dtype == torch.float64:
@@ -54,7 +53,6 @@ def row_kernel(backend: str) -> RowKernel:
             raise AssertionError(backend)
 
 
-@torch.compiler.assume_constant_result
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run; None if it can."""
     match backend:
@@ -76,3 +74,9 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
             return triton_support.why_not(device)
         case _:
             raise AssertionError(backend)
+
+
+# They look for a compiler and load a library: nothing that dynamo could trace. torch.compiler.assume_constant_result
+# sets this mark too, but imports all of dynamo, which takes longer than torch itself.
+for _function in (path_for, obstacle):
+    _function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
