@@ -4,6 +4,7 @@ told, and the model's own logits are used."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,6 +14,11 @@ import transformers
 from torch import Tensor, nn
 
 from tunesmith.fused_head import FusedHead, HeadOutput, NotFusable
+from tunesmith.fusing import choose_head
+from tunesmith.objectives import Objective
+from tunesmith.recipe import Recipe
+from tunesmith.recipe.load import load_recipe
+from tunesmith.terms import TokenCrossEntropy
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
@@ -139,3 +145,39 @@ def test_scale_then_cap_then_scale() -> None:
     found = change(HeadOutput(head, None, hidden)).cross_entropy(labels, normalizer=torch.tensor(1.0))
     expected = F.cross_entropy(change(head(hidden)).reshape(-1, 13), labels.reshape(-1), reduction="sum")
     assert found.item() == pytest.approx(expected.item(), rel=2e-6)
+
+
+def test_a_head_with_an_adapter_is_left_to_the_model(tmp_path: Path) -> None:
+    """Its own weight is the frozen one: computed without the adapter, that would never train."""
+    import peft
+
+    recipe = load(tmp_path, "{type: causal_lm}", "text")
+    terms = (TokenCrossEntropy(shift=True),)
+    objective = cast(Any, type("Plain", (), {"predict": Objective.predict, "terms": terms})())
+    model = MADE["llama"]()
+    assert isinstance(choose_head(recipe, model, objective), FusedHead)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], r=2))
+    found = choose_head(recipe, cast(Any, adapted), objective)
+    assert isinstance(found, str)
+    assert "not a plain Linear" in found
+
+
+@pytest.mark.parametrize(
+    ("kernels", "said"),
+    [
+        ("reference", "the recipe asks for it"),
+        ("{linear_cross_entropy: reference}", "the recipe asks for it"),
+    ],
+)
+def test_the_recipe_can_refuse(tmp_path: Path, kernels: str, said: str) -> None:
+    recipe = load(tmp_path, "{type: causal_lm}", "text", f"kernels: {kernels}\n")
+    assert choose_head(recipe, MADE["llama"](), cast(Any, None)) == said
+
+
+def load(tmp_path: Path, objective: str, kind: str, more: str = "") -> Recipe:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"model: {{model_name_or_path: m}}\ndata: {{train: {{path: a.txt, format: {kind}}}}}\n"
+        f"objective: {objective}\nrun_name: r\n{more}"
+    )
+    return load_recipe(path).recipe
