@@ -25,7 +25,6 @@ LEARNING_RATE, MAX_NORM = 1e-5, 1.0
 WARM_UP = 3
 # dense bf16 FLOP/s by NVIDIA's data sheets
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "B200": 2250e12}
-TRAINER_NEEDS = ("pydantic", "ruamel", "rich", "typer", "datasets", "filelock")
 PUBLISHED_8B_LORA = 12_473  # tokens per second on one H100, published for another trainer
 
 
@@ -53,7 +52,8 @@ _TINY = _LLAMA | {
 }
 
 
-def _setups(machine: Machine) -> tuple[Setup, Setup]:
+def setups(machine: Machine) -> tuple[Setup, Setup]:
+    """All parameters of 1B; LoRA on 8B."""
     rows, length, steps = machine.pick((2, 4096, 8), (2, 4096, 4), (2, 16, 2))
     full = _LLAMA | {
         "hidden_size": 2048,
@@ -89,17 +89,17 @@ def _setups(machine: Machine) -> tuple[Setup, Setup]:
 
 def full(machine: Machine, record: Record, text: Path | None) -> None:
     """Part end_to_end_full."""
-    _compare(machine, record, _setups(machine)[0], text)
+    _compare(machine, record, setups(machine)[0], text)
 
 
 def lora(machine: Machine, record: Record, text: Path | None) -> None:
     """Part end_to_end_lora."""
-    _compare(machine, record, _setups(machine)[1], text)
+    _compare(machine, record, setups(machine)[1], text)
 
 
 @dataclass
 class Run:
-    """seconds of each step, bytes of memory at most, parameters: all and those of the embedding."""
+    """seconds of each step; peak: bytes of memory; parameters: without an embedding that is only looked up."""
 
     seconds: list[float]
     peak: int
@@ -115,11 +115,7 @@ def _compare(machine: Machine, record: Record, setup: Setup, text: Path | None) 
         f"{source}; {setup.rows} × {setup.length} tokens a step, packed without regard to documents, "
         f"gradient checkpointing, bf16 parameters, no accumulation; {setup.steps} steps after {WARM_UP}"
     )
-    missing = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
-    record.note(
-        "tunesmith's own trainer is not run here, but its fused head and this AdamW in a plain loop"
-        + (f"; it lacks {', '.join(missing)}" if missing else "")
-    )
+    record.note("tunesmith: its fused head and AdamW in a plain loop; its trainer is part end_to_end_trainer")
     batches = [part.view(setup.rows, setup.length).to(machine.device) for part in tokens.chunk(4)]
     contenders: dict[str, Callable[[], Run]] = {
         "tunesmith": lambda: _loop(machine, setup, batches),
@@ -195,7 +191,8 @@ def _model(machine: Machine, setup: Setup) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**setup.config, attn_implementation="sdpa", use_cache=False)
+    settings: dict[str, Any] = {**setup.config, "attn_implementation": "sdpa", "use_cache": False}
+    config = LlamaConfig(**settings)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

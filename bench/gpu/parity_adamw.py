@@ -365,7 +365,7 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
     names: list[str] = []
     for event in results.kineto_results.events():
         annotation = getattr(event, "is_user_annotation", lambda: False)()
-        on_device = event.device_type() == torch.autograd.DeviceType.CUDA
+        on_device = event.device_type().name == "CUDA"
         if on_device and not annotation and not event.name().startswith(("Mem", "Optimizer.", "gpu_user")):
             names.append(event.name().split("(")[0].split("<")[0][-60:])
     return names

@@ -233,8 +233,9 @@ def _beyond(machine: Machine) -> None:
     logits = torch.randn(rows, vocab, device=machine.device, dtype=torch.bfloat16)
     target = torch.randint(vocab, (rows,), device=machine.device)
     factor = torch.full((rows,), 0.5, device=machine.device)
-    float_outputs = [torch.full((rows,), torch.nan, device=machine.device) for _ in range(4)]
-    outputs = RowOutputs(*float_outputs, torch.zeros(rows, dtype=torch.bool, device=machine.device))
+    loss, log_prob, entropy, lse = torch.full((4, rows), torch.nan, device=machine.device)
+    correct = torch.zeros(rows, dtype=torch.bool, device=machine.device)
+    outputs = RowOutputs(loss, log_prob, entropy, lse, correct)
     last = slice(rows - 64, rows)
     leaf = logits[last].double().requires_grad_()
     rough = logits[last].clone().requires_grad_()

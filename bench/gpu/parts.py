@@ -31,6 +31,7 @@ PARTS = (
     Part("end_to_end_full", 75),
     Part("end_to_end_lora", 90),
     Part("sanitizer", 100),
+    Part("end_to_end_trainer", 90),
 )
 TUNE = Part("tune", 240)
 
@@ -91,6 +92,10 @@ def _run(name: str, machine: object, record: Record, text: Path | None) -> None:
             from gpu import end_to_end
 
             (end_to_end.full if name == "end_to_end_full" else end_to_end.lora)(machine, record, text)
+        case "end_to_end_trainer":
+            from gpu import own_trainer
+
+            own_trainer.run(machine, record, text)
         case "sanitizer":
             from gpu import sanitizer
 

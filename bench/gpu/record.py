@@ -10,7 +10,6 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-
 _LOST = ("CUDA error", "Triton Error [CUDA]")
 
 

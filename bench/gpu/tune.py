@@ -88,8 +88,9 @@ def _rows(machine: Machine, record: Record, dtype: torch.dtype, vocab: int) -> N
     logits = torch.randn(rows, vocab, device=machine.device).to(dtype)
     target = torch.randint(vocab, (rows,), device=machine.device)
     inputs = RowInputs(target, None, None, torch.ones(rows, device=machine.device))
-    numbers = [torch.zeros(rows, device=machine.device) for _ in range(4)]
-    outputs = RowOutputs(*numbers, torch.zeros(rows, dtype=torch.bool, device=machine.device))
+    loss, log_prob, entropy, lse = torch.zeros(4, rows, device=machine.device)
+    correct = torch.zeros(rows, dtype=torch.bool, device=machine.device)
+    outputs = RowOutputs(loss, log_prob, entropy, lse, correct)
 
     def call() -> None:
         triton_rows.triton_rows(logits, inputs, RowOptions(), outputs)

@@ -3,6 +3,7 @@ program that makes them runs to its end, in all its parts, on the CPU in a GPU's
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
+import gpu_check as program  # noqa: E402 - the folder must be on the path
 from gpu import parts, record, results  # noqa: E402 - the folder must be on the path
 
 
@@ -153,6 +155,34 @@ def test_what_is_raised_is_a_line_and_the_rest_runs(tmp_path: Path) -> None:
     assert len(found["failures"]) == 2
 
 
+def test_what_is_there_is_not_run_again() -> None:
+    part = {"failures": [], "quick": False}
+    result = {"parts": {"memory": part, "adamw": {**part, "quick": True}, "tune": {"failures": ["one"]}}}
+    plain = argparse.Namespace(again=False, only=None, quick=False)
+
+    def done(name: str, **other: Any) -> bool:
+        return program._done(result, name, argparse.Namespace(**{**vars(plain), **other}))
+
+    assert done("memory")
+    assert not done("memory", again=True)
+    assert not done("memory", only=["memory"])
+    assert not done("cross_entropy")
+    assert not done("tune")
+    assert not done("adamw")
+    assert done("adamw", quick=True)
+
+
+def test_shards_are_put_together() -> None:
+    count = {"case": "all", "name": "cases", "value": 3, "least": None, "unit": "cases", "limit": None}
+    time = {**count, "case": "one", "unit": "ms"}
+    shard = {"rows": [count, time], "failures": ["a"], "notes": ["n"], "facts": []}
+    other = {"rows": [{**count, "value": 4}], "failures": ["b"], "notes": ["n"], "facts": []}
+    found = program._merged([shard, other])
+    assert found["rows"] == [{**count, "value": 7}, time]
+    assert found["failures"] == ["a", "b"]
+    assert found["notes"] == ["n"]
+
+
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program in a copy of what it reads: nobody changes a source while it runs, which would make its results
@@ -183,28 +213,42 @@ def test_without_a_gpu_it_says_so(script: Path) -> None:
 def test_every_part_runs_on_the_cpu_and_is_kept(tmp_path: Path, script: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n\n" * 200)
-    done = gpu_check(script, "--dry", "--out", str(tmp_path), "--text", str(text))
+    names = [part.name for part in parts.PARTS if part.name != "end_to_end_trainer"]
+    only = ("--dry", "--only", ",".join(names))
+    done = gpu_check(script, *only, "--out", str(tmp_path), "--text", str(text))
     assert done.returncode == 0, done.stdout + done.stderr
     path = tmp_path / "dry.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     assert results.faults(result) == []
-    assert list(result["parts"]) == [part.name for part in parts.PARTS]
+    assert list(result["parts"]) == names
     for name, part in result["parts"].items():
         assert part["failures"] == [], name
         assert part["rows"] or name == "sanitizer", name
     assert "tokens of text.txt" in result["parts"]["end_to_end_full"]["notes"][0]
-    again = gpu_check(script, "--dry", "--out", str(tmp_path))
-    assert again.returncode == 0
-    assert again.stdout.count("there already") == len(parts.PARTS) - 1
-    assert "dry.json: fresh" in gpu_check(script, "--status", "--out", str(tmp_path)).stdout
 
 
-def test_a_part_runs_in_processes_of_its_own(tmp_path: Path, script: Path) -> None:
-    done = gpu_check(script, "--dry", "--processes", "--only", "memory", "--out", str(tmp_path))
+@pytest.mark.slow
+def test_this_trainer_is_measured_where_it_is_installed(tmp_path: Path, script: Path) -> None:
+    done = gpu_check(script, "--dry", "--only", "end_to_end_trainer", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    result = results.load(tmp_path / "dry.json")
-    assert list(result["parts"]) == ["device", "memory"]
-    assert result["parts"]["memory"]["rows"]
+    (row,) = results.load(tmp_path / "dry.json")["parts"]["end_to_end_trainer"]["rows"]
+    assert row["name"] == "tunesmith's trainer: speed"
+    assert row["value"] > 0
+
+
+def test_a_part_runs_in_processes_of_its_own_and_is_kept(tmp_path: Path, script: Path) -> None:
+    only = ("--dry", "--only", "memory", "--out", str(tmp_path))
+    done = gpu_check(script, *only, "--processes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = tmp_path / "dry.json"
+    before = results.load(path)["parts"]
+    assert list(before) == ["device", "memory"]
+    assert before["memory"]["rows"]
+    done = gpu_check(script, "--dry", "--only", "sanitizer", "--minutes", "0.2", "--out", str(tmp_path))
+    after = results.load(path)["parts"]
+    assert list(after) == ["device", "memory", "sanitizer"]
+    assert after["memory"] == before["memory"]
+    assert "dry.json: fresh" in gpu_check(script, "--status", "--out", str(tmp_path)).stdout
 
 
 def test_out_of_time_is_a_failure(tmp_path: Path, script: Path) -> None:
