@@ -147,6 +147,7 @@ def test_scale_then_cap_then_scale() -> None:
     assert found.item() == pytest.approx(expected.item(), rel=2e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
 def test_a_head_with_an_adapter_is_left_to_the_model(tmp_path: Path) -> None:
     """Its own weight is the frozen one: computed without the adapter, that would never train."""
     import peft
