@@ -85,6 +85,13 @@ class Machine:
         end.synchronize()
         return begin.elapsed_time(end)
 
+    def host_time(self, call: Callable[[], object]) -> float:
+        """Milliseconds of the host until the call returns, whatever the device still has to do."""
+        self.synchronize()
+        started = time.perf_counter()
+        call()
+        return (time.perf_counter() - started) * 1e3
+
 
 @dataclass(frozen=True)
 class Times:

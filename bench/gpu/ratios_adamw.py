@@ -107,6 +107,10 @@ def _kind(machine: Machine, record: Record, kind: Kind, total: int, bandwidth: f
             record.row(
                 case, f"{name}: share of the copy's bandwidth on {floor:.1f} B/parameter", share, "", limit
             )
+    for name in (CLIPPED, FUSED):
+        if name in found:
+            times = sorted(machine.host_time(calls[name]) for _ in range(5))
+            record.row(case, f"{name}: time of the host", times[2], "ms", least=times[0])
     limit = None if kind.least is None or count < 5e8 else f">= {kind.least}"
     ratio(record, case, found, FUSED, CLIPPED, limit)
     ratio(record, case, found, CLIPPED, "tunesmith")
