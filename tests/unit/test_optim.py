@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tunesmith import optim
+from tunesmith import optim, update
 from tunesmith.errors import MachineError, MissingExtra, UserError
 from tunesmith.recipe import optim as recipe
 from tunesmith.recipe.kernels import Kernels
@@ -182,7 +182,7 @@ def test_learning_rates_follow_the_scale_of_each_group() -> None:
     groups = optim.parameter_groups(nn.Linear(3, 3), SETTINGS[0])
     groups[1]["lr_scale"] = 0.25
     optimizer = optim.build(optim.Spec(SETTINGS[0]), groups)
-    optim.set_learning_rates(optimizer, 0.5)
+    update.set_learning_rates(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.125]
 
 
@@ -232,7 +232,7 @@ def test_8_bit_state(settings: recipe.Optim) -> None:
         parameter = a_parameter((64, 64))
         optimizer = built(settings, parameter, kernels=kernels)
         parameter.grad = gradients(1, (64, 64))[0]
-        optim.step(optimizer, ONE, GO)
+        update.step(optimizer, ONE, GO)
         assert optimizer.state[parameter]["state1"].dtype == torch.uint8
     assert type(optimizer).__module__.startswith("bitsandbytes")
 
@@ -245,7 +245,7 @@ def test_torchs_adamw_is_the_reference_of_ours() -> None:
         optimizer = built(settings, parameter, kernels=kernels)
         for gradient in gradients(3):
             parameter.grad = gradient.clone()
-            optim.step(optimizer, torch.tensor(0.5), GO)
+            update.step(optimizer, torch.tensor(0.5), GO)
         ends.append(parameter.detach())
     assert isinstance(optimizer, torch.optim.AdamW)
     assert (ends[0] - ends[1]).norm() <= 1e-6 * ends[1].norm()
@@ -324,7 +324,7 @@ def test_three_steps_against_the_formula(settings: recipe.Optim) -> None:
     optimizer = built(settings, parameter)
     for grad in grads:
         parameter.grad = grad.clone()
-        optim.step(optimizer, ONE, GO)
+        update.step(optimizer, ONE, GO)
     torch.testing.assert_close(parameter.detach().double(), expected, rtol=2e-6, atol=1e-6)
 
 
@@ -335,8 +335,8 @@ def test_the_coefficient_multiplies_the_gradient(settings: recipe.Optim) -> None
     one, other = built(settings, scaled), built(settings, plain)
     for grad in gradients(2):
         scaled.grad, plain.grad = grad.clone(), grad / 4
-        optim.step(one, torch.tensor(0.25), GO)
-        optim.step(other, ONE, GO)
+        update.step(one, torch.tensor(0.25), GO)
+        update.step(other, ONE, GO)
     assert torch.equal(scaled, plain)
     assert_same_state(state_of(one, scaled), state_of(other, plain))
 
@@ -346,7 +346,7 @@ def test_gradients_of_several_dtypes_are_scaled_in_their_own() -> None:
     optimizer = built(SETTINGS[IDS.index("rmsprop+momentum")], wide, narrow)
     grads = gradients(1)[0]
     wide.grad, narrow.grad = grads.clone(), grads.bfloat16()
-    optim.step(optimizer, torch.tensor(0.5), GO)
+    update.step(optimizer, torch.tensor(0.5), GO)
     assert torch.equal(wide.grad, grads / 2)
     assert torch.equal(narrow.grad, grads.bfloat16() / 2)
 
@@ -366,13 +366,13 @@ def test_a_suppressed_step_never_was(settings: recipe.Optim, bad: float, shape: 
         if index in (0, 2):
             values, state = seen.detach().clone(), state_of(one, seen)
             seen.grad = torch.full(shape, bad)
-            optim.step(one, torch.tensor(bad), SKIP)
+            update.step(one, torch.tensor(bad), SKIP)
             assert torch.equal(seen, values)
             if index > 0:
                 assert_same_state(state_of(one, seen), state)
         seen.grad, unseen.grad = grad.clone(), grad.clone()
-        optim.step(one, ONE, GO)
-        optim.step(other, ONE, GO)
+        update.step(one, ONE, GO)
+        update.step(other, ONE, GO)
     assert torch.equal(seen, unseen)
     assert_same_state(state_of(one, seen), state_of(other, unseen))
 
@@ -387,9 +387,9 @@ def test_skip_is_anything_but_zero(settings: recipe.Optim, skip: Tensor) -> None
     before = parameter.detach().clone()
     optimizer = built(settings, parameter)
     parameter.grad = gradients(1)[0]
-    optim.step(optimizer, ONE, skip)
+    update.step(optimizer, ONE, skip)
     assert torch.equal(parameter, before)
-    optim.step(optimizer, ONE, torch.zeros_like(skip))
+    update.step(optimizer, ONE, torch.zeros_like(skip))
     assert not torch.equal(parameter, before)
 
 
@@ -400,7 +400,7 @@ def test_a_plain_step_afterwards_is_not_suppressed(settings: recipe.Optim) -> No
     before = parameter.detach().clone()
     optimizer = built(settings, parameter)
     parameter.grad = gradients(1)[0]
-    optim.step(optimizer, ONE, SKIP)
+    update.step(optimizer, ONE, SKIP)
     optimizer.step()
     assert not torch.equal(parameter, before)
 
@@ -412,11 +412,11 @@ def test_a_parameter_whose_first_gradient_comes_later(settings: recipe.Optim) ->
     first, second = gradients(2)
     optimizer, reference = built(settings, early, late), built(settings, alone)
     early.grad = first.clone()
-    optim.step(optimizer, ONE, GO)
+    update.step(optimizer, ONE, GO)
     assert settings.name == "adagrad" or late not in optimizer.state  # torch fills Adagrad's at once
     early.grad, late.grad, alone.grad = first.clone(), second.clone(), second.clone()
-    optim.step(optimizer, ONE, GO)
-    optim.step(reference, ONE, GO)
+    update.step(optimizer, ONE, GO)
+    update.step(reference, ONE, GO)
     assert torch.equal(late, alone)
 
 
@@ -439,5 +439,5 @@ def test_the_fused_step_does_not_wait_for_the_device(settings: recipe.Optim) -> 
     with _HostReads() as reads:
         ONE.item()
         assert reads.count == 1, "the counter does not count"
-        optim.step(optimizer, torch.tensor(0.5), GO)
+        update.step(optimizer, torch.tensor(0.5), GO)
     assert reads.count == 1

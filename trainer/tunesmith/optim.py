@@ -1,10 +1,8 @@
-"""The optimizer: which parameters decay, the recipe's settings made into torch's or bitsandbytes' optimizer,
-and one step that scales the gradient and can be suppressed on the device."""
+"""The optimizer: which parameters decay, and the recipe's settings made into our, torch's or bitsandbytes' one."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -63,22 +61,13 @@ class Spec:
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
 
-class _FusedOptimizer(Optimizer):
-    """The two attributes that torch's fused optimizers read in `step`: GradScaler's side of a protocol that
-    torch does not type. They divide the gradient by `grad_scale`, and where `found_inf` is exactly 1 the
-    kernels return before they write and the step counters are taken back."""
-
-    grad_scale: Tensor
-    found_inf: Tensor
-
-
 def parameter_groups(module: nn.Module, settings: Optim) -> list[dict[str, Any]]:
     """The trainable parameters of `module` in at most two groups for `build`, tagged "decay" and "no_decay".
 
     Biases, the parameters of normalisation modules (whose class name contains "Norm") and all other
     parameters of fewer than two dimensions do not decay; embeddings do. A tied parameter is listed once,
     under its first name. A group has the keys `params`, `names` (as in `named_parameters`), `tag`, `lr`,
-    `lr_scale` (see `set_learning_rates`) and `weight_decay`; a group without parameters is left out.
+    `lr_scale` (see `update.set_learning_rates`) and `weight_decay`; a group without parameters is left out.
 
     To be called before an engine flattens the parameters: it goes by their whole shapes.
     Raises UserError if no parameter is trainable.
@@ -244,91 +233,3 @@ def _construct_8bit(settings: AdamW8bit | Lion8bit, groups: list[dict[str, Any]]
 def _can_fuse(groups: list[dict[str, Any]]) -> bool:
     parameters: list[Tensor] = [parameter for group in groups for parameter in group["params"]]
     return all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
-
-
-def set_learning_rates(optimizer: Optimizer, lr: float) -> None:
-    """Gives every group `lr` × its `lr_scale`; to be done before every step, since loading a state may bring
-    others."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-
-
-@torch.no_grad()
-def step(optimizer: Optimizer, coefficient: Tensor, skip: Tensor) -> None:
-    """One update with the gradients × `coefficient`; none at all where `skip` is not 0.
-
-    coefficient: 0-dim, fp32, on the gradients' device: clipping × un-scaling, above 0 unless `skip` is set.
-    skip: 0-dim, any dtype, same device. A suppressed step leaves the parameters bitwise as they were,
-        whatever the gradients are, and the state as if it had never happened (state that did not exist may
-        exist as zeros).
-
-    The fused optimizers do it without waiting for the device; the others (RMSprop, Adafactor, 8-bit) read
-    both numbers on the host, once. The gradients are not preserved.
-    """
-    with scaled(optimizer, coefficient, skip):
-        optimizer.step()
-
-
-@contextmanager
-def scaled(optimizer: Optimizer, coefficient: Tensor, skip: Tensor) -> Generator[None]:
-    """Makes every `optimizer.step()` inside what `step` describes: for an engine that calls it by itself, and on
-    parameters of its own."""
-    if optimizer.param_groups[0].get("fused"):
-        with _fused(cast(_FusedOptimizer, optimizer), coefficient, skip):
-            yield
-        return
-    suppressed, factor = torch.stack([(skip != 0).double(), coefficient.double()]).tolist()
-
-    held: list[tuple[Tensor, Tensor]] = []
-
-    def prepare(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if suppressed:
-            for parameter in parameters:  # one without a gradient is left alone
-                held.append((parameter, parameter.grad))
-                parameter.grad = None
-        elif factor != 1.0:
-            grads = [p.grad for p in parameters]
-            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-
-    def restore(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for parameter, grad in held:
-            parameter.grad = grad
-        held.clear()
-
-    hooks = optimizer.register_step_pre_hook(prepare), optimizer.register_step_post_hook(restore)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _fused(optimizer: _FusedOptimizer, coefficient: Tensor, skip: Tensor) -> Generator[None]:
-    hook = (
-        optimizer.register_step_pre_hook(_fill_momentum) if isinstance(optimizer, torch.optim.SGD) else None
-    )
-    optimizer.grad_scale = coefficient.float().reciprocal()
-    optimizer.found_inf = (skip != 0).float()
-    try:
-        yield
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf
-        if hook is not None:
-            hook.remove()
-
-
-def _fill_momentum(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Momentum buffers of zeros, where there is none yet. torch's fused SGD (2.13) begins with uninitialised
-    memory, which a suppressed first step leaves in place, and fails on a parameter whose first gradient comes
-    later than the others'. From zeros the first update is the same: momentum × 0 + gradient."""
-    for group in optimizer.param_groups:
-        if group["momentum"] == 0:
-            continue
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = optimizer.state[parameter]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(parameter.grad)

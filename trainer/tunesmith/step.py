@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith import optim
+from tunesmith import update
 from tunesmith.batch import Batch
 from tunesmith.data.order import Salt, raw
 from tunesmith.engine import Engine
@@ -80,7 +80,7 @@ def train_step(
     broken = torch.maximum(broken, bad_loss if scale.enabled else torch.maximum(bad_loss, bad_norm))
     skip = torch.maximum(broken, bad_norm)
 
-    optim.set_learning_rates(engine.optimizer, learning_rate)
+    update.set_learning_rates(engine.optimizer, learning_rate)
     engine.step(clip_coefficient(norm, max_grad_norm) / scale.value, skip)
     scale.update(bad_norm)
     return StepResult(total, norm, counts, broken, skip * scale.enabled)

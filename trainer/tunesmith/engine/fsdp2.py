@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from tunesmith import optim
+from tunesmith import optim, update
 from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Saved, State
 from tunesmith.engine import dtensor_state
@@ -218,7 +218,7 @@ class FSDP2Engine(RankedEngine):
             self._locals[name].grad = gradient
         for name in self._unused:
             self._locals[name].grad = torch.zeros_like(self._locals[name])
-        optim.step(self.optimizer, coefficient.to(device), skip.to(device))
+        update.step(self.optimizer, coefficient.to(device), skip.to(device))
         self.optimizer.zero_grad(set_to_none=True)
         self.train_module.zero_grad(set_to_none=True)
 

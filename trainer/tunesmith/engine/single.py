@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith import optim
+from tunesmith import optim, update
 from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Saved, State
 from tunesmith.engine.base import Fill, Rehearsal
@@ -87,7 +87,7 @@ class SingleEngine:
         return local_square_sum(gradients)
 
     def step(self, coefficient: Tensor, skip: Tensor) -> None:
-        optim.step(self.optimizer, coefficient, skip)
+        update.step(self.optimizer, coefficient, skip)
         self.optimizer.zero_grad(set_to_none=True)
 
     def sum(self, values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tunesmith import optim
+from tunesmith import optim, update
 from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Piece, Saved, State
 from tunesmith.engine.base import Fill, Rehearsal
@@ -149,7 +149,7 @@ class ZeroEngine(RankedEngine):
 
     def step(self, coefficient: Tensor, skip: Tensor) -> None:
         device = torch.device("cpu") if self.settings.offload_optimizer else self.device
-        with optim.scaled(self.optimizer, coefficient.to(device), skip.to(device)):
+        with update.scaled(self.optimizer, coefficient.to(device), skip.to(device)):
             self._engine.step()
 
     # state
