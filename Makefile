@@ -13,7 +13,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: install quickstart bench lint format test test-slow test-all clean
+.PHONY: install quickstart bench bench-kernels lint format test test-slow test-all clean
 
 install: $(INSTALLED)
 
@@ -30,11 +30,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/tunesmith train configs/quickstart.yaml --overwrite
 
-# Ratios within one run: the time of a step beside a plain loop's and transformers.Trainer's; then, on two processes,
-# under each engine beside bare DDP, fully_shard and DeepSpeed.
-bench: install
+# Ratios within one run. Kernels: the loss and the optimizers beside torch's, DeepSpeed's and bitsandbytes'. Then a step
+# beside a plain loop's and transformers.Trainer's; on two processes, under each engine beside bare DDP, fully_shard and
+# DeepSpeed; and a language model of 100 M parameters beside Trainer's (and TRL's: --trl-python).
+bench: install bench-kernels
 	OMP_WAIT_POLICY=passive $(BIN)/python bench/step_time.py
 	$(BIN)/python bench/engine_time.py --parts
+	$(BIN)/python bench/language_model.py
+
+bench-kernels: install
+	$(BIN)/python bench/kernels_linear_cross_entropy.py
+	$(BIN)/python bench/kernels_distillation.py
+	$(BIN)/python bench/kernels_adamw.py --deepspeed
+	$(BIN)/python bench/kernels_adamw8bit.py
 
 # On a machine with a GPU, in under ten minutes: parity, memory and ratios of the kernels, into kernels/results. Without
 # the .venv: PYTHON is one that has torch and triton. GPU_CHECK: options of bench/gpu_check.py, such as --status.
