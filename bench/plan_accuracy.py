@@ -82,7 +82,7 @@ GPT2: dict[str, Any] = {
 }
 VERY = LLAMA | {"num_hidden_layers": 2, "vocab_size": 64000}
 T5: dict[str, Any] = {
-    "model_type": "t5",
+    "model_type": "mt5",
     "d_model": 192,
     "d_kv": 32,
     "d_ff": 512,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.measure_memory import Case, allocated, measure
 from tests.unit.test_planning import FSDP, LLAMA, SINGLE, planned
+from tunesmith.planning import zero
 from tunesmith.planning.inspect import Inspected, inspect
 from tunesmith_kernels import linear_cross_entropy
 from tunesmith_kernels.linear_loss.chunks import Wanted
@@ -100,6 +101,24 @@ def test_the_workspace_has_a_bound_that_the_rows_do_not_move() -> None:
 def test_a_plan_without_logits_is_what_the_allocator_hands_out(precision: str) -> None:
     measured, _ = measure(Case("measured", BIG, length=32, precision=precision))
     assert planned(found(BIG, precision=precision)).total == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradients_of_a_large_vocabulary_are_counted_once(tied: bool) -> None:
+    """With few tokens the peak is where all gradients are there."""
+    config = BIG | {"tie_word_embeddings": tied}
+    measured, _ = measure(Case("measured", config, length=32, rows=1))
+    assert planned(found(config, rows=1), rows=1).total == pytest.approx(measured, rel=0.02)
+
+
+def test_zero_cuts_the_parameters_in_the_order_of_the_model() -> None:
+    """The embedding and the head lie in different partitions."""
+    workload = found(BIG | {"tie_word_embeddings": False}).workload
+    (matrices, _) = vars(zero)["_groups"](workload)
+    names = [p.name for p in matrices]
+    assert (names[0], names[-1]) == ("model.embed_tokens.weight", "lm_head.weight")
+    owned = vars(zero)["_owned"]([matrices], 2)
+    assert 20_000 * 64 < owned < 2 * 20_000 * 64
 
 
 @pytest.mark.parametrize("parallel", [SINGLE, FSDP], ids=["single", "fsdp2"])

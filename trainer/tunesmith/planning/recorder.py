@@ -80,7 +80,8 @@ class Recorder(TorchDispatchMode):
         self._vocabulary = vocabulary
         self._regular = regular
         self._sizes: dict[int, tuple[int, bool, int]] = {}  # bytes, whether logits, more bytes elsewhere
-        self._pending: tuple[Event, weakref.ref[Any], int] | None = None
+        self._pending: tuple[Event, weakref.ref[Any], int, bool] | None = None
+        self._returned: set[int] = set()  # storages of what a fused loss returned
         self._in_place: tuple[Event, int] | None = None
         self.in_backward = False
 
@@ -114,11 +115,13 @@ class Recorder(TorchDispatchMode):
             # where rows are padded or packed, some positions have no label
             call = self._loss.call(args, all_rows=self._regular)
             self.spans[-1].fused.append((len(self.spans[-1].events), call))
+            self._returned |= {_key(tensor.untyped_storage()) for tensor in out}
         elif made or not _is_view(func):
             event.moved = made + sum(t.numel() * t.element_size() for t in given)
         self.spans[-1].events.append(event)
         if func is _ADD and self.in_backward and made and isinstance(args[0], Tensor):
-            self._pending = (event, weakref.ref(args[0].untyped_storage()), made)
+            first = args[0].untyped_storage()
+            self._pending = (event, weakref.ref(first), made, _key(first) in self._returned)
         return out
 
     def _answer(self, func: Any, args: tuple[Any, ...]) -> Any:
@@ -133,15 +136,15 @@ class Recorder(TorchDispatchMode):
         needed no memory of its own."""
         if self._pending is None:
             return
-        event, first, size = self._pending
+        event, first, size, of_fused_loss = self._pending
         if first() is None:
             event.live -= size
-            self._in_place = (event, size)
+            self._in_place = None if of_fused_loss else (event, size)
         self._pending = None
 
     def _know(self, tensor: Tensor, *, counted: bool) -> int:
         storage = tensor.untyped_storage()
-        key = storage._cdata  # pyright: ignore[reportPrivateUsage] — the address of the storage, its identity
+        key = _key(storage)
         if key in self._sizes:
             return 0
         size = storage.nbytes() if counted else 0
@@ -161,13 +164,14 @@ class Recorder(TorchDispatchMode):
 
     def hand_on(self, tensor: Tensor) -> None:
         """A layer's output is the next one's to let go of, and of no other of the layers that it stands for."""
-        key = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+        key = _key(tensor.untyped_storage())
         if key in self._sizes:
             size, is_logits, _ = self._sizes[key]
             self._sizes[key] = (size, is_logits, 0)
 
     def _drop(self, key: int) -> None:
         size, is_logits, elsewhere = self._sizes.pop(key)
+        self._returned.discard(key)
         self.live -= size
         if self.spans[-1].layer < 0:
             self._let_go += elsewhere
@@ -176,15 +180,21 @@ class Recorder(TorchDispatchMode):
     def take_gradient(self, parameter: Tensor) -> None:
         """A hook behind a parameter's accumulated gradient: books it apart and lets it go."""
         assert parameter.grad is not None
-        storage = parameter.grad.untyped_storage()
-        self.gradients += storage.nbytes()
-        # a tied parameter's two gradients are added to a third tensor (seen in the allocator's record)
+        size = parameter.grad.untyped_storage().nbytes()
+        self.gradients += size
+        # a tied parameter's two gradients are added to a third tensor, but where the first is a fused loss's own
+        # (seen in the allocator's record)
         if self._in_place is not None and self._in_place[0] in self.spans[-1].events[-3:]:
-            self._in_place[0].live += self._in_place[1] * (self._in_place[1] == storage.nbytes())
+            self._in_place[0].live += self._in_place[1] * (self._in_place[1] == size)
             self._in_place = None
         parameter.grad = None
         self._settle()
         self.spans[-1].events.append(Event(self.live - self._let_go, self.gradients, self.logits, 0, 0))
+
+
+def _key(storage: torch.UntypedStorage) -> int:
+    """The address of a storage, its identity."""
+    return storage._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -16,21 +16,25 @@ from tunesmith.recipe.parallel import FSDP2
 class _Sizes:
     """Bytes of a unit: `whole`: its parameters in the dtype that they are computed in, padded; `gathered`: the
     all-gather's output, which they are copied out of; `cast`: a rank's slice in that dtype, made for the gather
-    where it is not fp32; `reduced`: the input of the reduce-scatter, fp32."""
+    where it is not fp32; `reduced`: the input of the reduce-scatter, fp32; `last`: the gradient of its last parameter,
+    which the function that reduces holds on to (foreach_reduce: the variable of a loop over them)."""
 
     whole: float
     gathered: float
     cast: float
     reduced: float
+    last: float = 0.0
 
 
 def _sizes(unit: Unit, shards: int, width: int) -> _Sizes:
     whole = float(unit.shard(shards) * shards * width)
+    trained = [p for p in unit.parameters if p.trainable]
     return _Sizes(
         whole=whole,
         gathered=whole if shards > 1 else 0.0,
         cast=whole / shards if width < 4 and shards > 1 else 0.0,
         reduced=4.0 * unit.trained_shard(shards) * shards,
+        last=float(width * trained[-1].numel) if trained and shards > 1 else 0.0,
     )
 
 
@@ -98,15 +102,20 @@ def _micro_step(
         else:
             at -= 1
             unit, following = units[at], units[at - 1] if at > 0 else _Sizes(0.0, 0.0, 0.0, 0.0)
-            yield from _backward(place, base, unit, following, copies)
+            yield from _backward(place, base, unit, following, shards, copies)
             reducing, waiting = unit.reduced, 0.0
             slices += reducing / shards if fresh else 0.0
-    yield replace(
-        held,
-        gradients=slices + own_gradients,
-        buffers=root.reduced * (copies + 1 / shards),
-        moment="reduction of the root",
-    )
+    last = replace(held, gradients=slices, moment="reduction of the root")
+    yield from _reduction(last, own_gradients, root, shards, copies)
+
+
+def _reduction(
+    base: Breakdown, gradients: float, unit: _Sizes, shards: int, copies: float
+) -> Iterator[Breakdown]:
+    """The gradients are copied to the input of the reduce-scatter, and go; then its output is made."""
+    yield replace(base, gradients=base.gradients + gradients, buffers=unit.reduced)
+    kept = base.gradients + min(unit.last, gradients)
+    yield replace(base, gradients=kept, buffers=unit.reduced * (copies + 1 / shards))
 
 
 def _forward(
@@ -120,21 +129,19 @@ def _forward(
 
 
 def _backward(
-    place: Place, base: Breakdown, unit: _Sizes, following: _Sizes, copies: float
+    place: Place, base: Breakdown, unit: _Sizes, following: _Sizes, shards: int, copies: float
 ) -> Iterator[Breakdown]:
     """The layer is copied out of a gather that began during the layer above, then the gather of the one below begins.
-    Afterwards the layer goes, and its gradients are copied to the input of the reduce-scatter, which stays until the
-    next one's."""
+    Afterwards the layer goes, and its gradients are reduced; the reduction's input stays until the next one's."""
     here = replace(base, activations=place.level, moment=place.moment)
     yield replace(here, gather=base.gather + unit.gathered + unit.whole)
     ahead = base.gather + following.gathered
     yield replace(here, gather=ahead + (copies - 1) * following.gathered + unit.whole + following.cast * 2)
     yield place.peak(keeps_gradients=True, base=replace(base, gather=ahead + unit.whole))
-    yield replace(
+    done = replace(
         here,
         activations=place.level + float(place.table[-1, 0]),
         gather=ahead,
-        gradients=base.gradients + place.gradients,
-        buffers=unit.reduced * copies,
         moment=f"reduction of layer {place.layer}",
     )
+    yield from _reduction(done, place.gradients, unit, shards, copies)

@@ -17,12 +17,13 @@ from tunesmith.recipe.optim import Optim
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """One parameter. `stored`: bytes of the tensor as the whole model holds it (NF4: the packed weight with its
-    scales)."""
+    scales); `place`: its number in the model."""
 
     name: str
     shape: tuple[int, ...]
     trainable: bool
     stored: int
+    place: int
 
     @property
     def numel(self) -> int:
@@ -101,6 +102,7 @@ class Workload:
 def units_of(model: nn.Module, stacks: list[Stack]) -> tuple[Unit, tuple[tuple[Unit, ...], ...]]:
     """(the root, the layers of each stack) of a whole model. A tied parameter counts where it comes first."""
     seen: set[int] = set()
+    places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
 
     def unit(name: str, part: nn.Module) -> Unit:
         found: list[Parameter] = []
@@ -109,7 +111,8 @@ def units_of(model: nn.Module, stacks: list[Stack]) -> tuple[Unit, tuple[tuple[U
                 seen.add(id(parameter))
                 shape = tuple(getattr(parameter, "whole_shape", parameter.shape))
                 stored = getattr(parameter, "stored_bytes", parameter.numel() * parameter.element_size())
-                found.append(Parameter(f"{name}.{leaf}".lstrip("."), shape, parameter.requires_grad, stored))
+                path = f"{name}.{leaf}".lstrip(".")
+                found.append(Parameter(path, shape, parameter.requires_grad, stored, places[id(parameter)]))
         return Unit(name, tuple(found))
 
     layers = tuple(

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
 
+import numpy as np
+
 from tunesmith.planning.memory import Breakdown, Place, Setup, norm_bytes, unit_of
 from tunesmith.planning.optimizers import state_bytes, temporaries
 from tunesmith.planning.workload import Parameter, Workload
@@ -26,6 +28,7 @@ def moments(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
 def _groups(workload: Workload) -> list[list[Parameter]]:
     """The optimizer's groups, in the order of the flat tensors: matrices decay, vectors do not (tunesmith.optim)."""
     trained = [p for unit in workload.units for p in unit.parameters if p.trainable]
+    trained.sort(key=lambda p: p.place)
     groups = [[p for p in trained if len(p.shape) > 1], [p for p in trained if len(p.shape) <= 1]]
     return [group for group in groups if group]
 
@@ -49,9 +52,10 @@ def _owned(groups: list[list[Parameter]], ranks: int) -> int:
 
 def _stages_1_and_2(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Breakdown]:
     """All weights in one flat fp32 tensor, a rank's part of them once more for the optimizer with its state. From a
-    backward's first gradient on there is a bucket. Stage 2 moves each gradient into it at once, and keeps what it
-    reduces of the parameters in its partition; stage 1 keeps all gradients until the window's last backward is done.
-    A reduction needs a flat copy of what is in the bucket."""
+    backward's first gradient on there is a bucket. Stage 2 moves each gradient into it at once, but for one that is
+    larger than it, which stays until the next is there; it keeps what it reduces of the parameters in its partition.
+    Stage 1 keeps all gradients until the window's last backward is done. A reduction needs a flat copy of what is in
+    the bucket."""
     assert isinstance(setup.parallel, Zero1 | Zero2)
     ranks, stage = setup.world_size, 2 if isinstance(setup.parallel, Zero2) else 1
     groups = _groups(workload)
@@ -65,7 +69,7 @@ def _stages_1_and_2(workload: Workload, setup: Setup, found: list[Place]) -> Ite
         held = replace(held, optimizer=4.0 * sum(parts) + state_bytes(workload.optim, flats))
     accumulates = setup.accumulation(workload) > 1
     for again in (False, True) if accumulates else (False,):
-        done, in_bucket, reduced = 0.0, 0.0, False
+        done, in_bucket, large, reduced = 0.0, 0.0, 0.0, False
         before = (everything if stage == 1 else owned) if again else 0.0
         for place in found:
             base = replace(held, gradients=before, buffers=bucket * (stage == 1 and again))
@@ -84,12 +88,13 @@ def _stages_1_and_2(workload: Workload, setup: Setup, found: list[Place]) -> Ite
                 continue
             reductions, in_bucket = _reductions(place, in_bucket, bucket)
             for live, filled in reductions:
-                here = replace(
-                    base, activations=live, gradients=before + owned * reduced, moment=place.moment
-                )
+                kept = before + owned * reduced + (filled if filled > bucket else 0.0)
+                here = replace(base, activations=live, gradients=kept, moment=place.moment)
                 yield replace(here, buffers=bucket + filled)
                 reduced = True
-            yield place.peak(keeps_gradients=False, base=replace(base, gradients=before + owned * reduced))
+            with_large, large = _larger(place, large, bucket)
+            kept = before + owned * reduced
+            yield with_large.peak(keeps_gradients=True, base=replace(base, gradients=kept))
         last = replace(held, buffers=bucket + copied, moment="reduction of the gradients")
         if stage == 1:
             yield replace(last, gradients=everything - copied)
@@ -110,15 +115,29 @@ def _stages_1_and_2(workload: Workload, setup: Setup, found: list[Place]) -> Ite
 def _reductions(place: Place, in_bucket: float, bucket: float) -> tuple[list[tuple[float, float]], float]:
     """([(live bytes of activations, bytes in the bucket) when a gradient finds it full], bytes in it at the end)."""
     found: list[tuple[float, float]] = []
-    finished = place.table[:, 1]
-    for event in range(1, len(finished)):
-        size = float(finished[event] - finished[event - 1])
+    for event, size in enumerate(_sizes(place)):
         if size > 0 and in_bucket + size > bucket:
             if in_bucket:
                 found.append((place.level + float(place.table[event, 0]) + size, in_bucket))
             in_bucket = 0.0
         in_bucket += max(size, 0.0)
     return found, in_bucket
+
+
+def _sizes(place: Place) -> list[float]:
+    """The bytes of parameter gradients that each event finishes."""
+    return [float(size) for size in np.diff(place.table[:, 1], prepend=0.0)]
+
+
+def _larger(place: Place, large: float, bucket: float) -> tuple[Place, float]:
+    """(the place with a gradient that is larger than the bucket as its gradients: `large` bytes at first; those bytes
+    at its end)."""
+    table = place.table.copy()
+    for event, size in enumerate(_sizes(place)):
+        if size > 0:
+            large = size if size > bucket else 0.0
+        table[event, 1] = large
+    return replace(place, table=table), large
 
 
 def _stage3(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Breakdown]:
