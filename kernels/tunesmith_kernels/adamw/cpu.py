@@ -8,6 +8,7 @@ import functools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,15 +49,14 @@ def update(groups: Sequence[Group], coefficient: Tensor, skip: Tensor, seed: int
     """See `Path.update`."""
     if skip.item() != 0:
         return
-    table, settings = array("q"), array("d")
-    for number, group in enumerate(groups):
+    table, settings, count = _table(groups), array("d"), sum(len(group.params) for group in groups)
+    for group in groups:
         settings.extend(
             (_precision(group), group.lr, group.beta1, group.beta2, group.eps, group.weight_decay)
         )
-        _append(table, group, number)
     _library().adamw(
         table.buffer_info()[0],
-        len(table) // 10,
+        count,
         settings.buffer_info()[0],
         coefficient.item(),
         seed & 0xFFFFFFFFFFFFFFFF,
@@ -77,31 +77,27 @@ def _precision(group: Group) -> int:
             return 4
 
 
-def _append(table: array[int], group: Group, number: int) -> None:
-    extras = [extra.data_ptr() for extra in group.extras] or [0] * len(group.params)
-    rows = zip(
-        group.params,
-        group.grads,
-        group.exp_avgs,
-        group.exp_avg_sqs,
-        extras,
-        group.steps,
-        group.streams,
-        group.offsets,
-        strict=True,
-    )
-    for param, grad, exp_avg, exp_avg_sq, extra, step, stream, offset in rows:
-        table.extend(
-            (
-                param.data_ptr(),
-                grad.data_ptr(),
-                exp_avg.data_ptr(),
-                exp_avg_sq.data_ptr(),
-                extra,
-                step.data_ptr(),
-                param.numel(),
-                stream,
-                offset,
-                number,
-            )
+def _table(groups: Sequence[Group]) -> array[int]:
+    """The columns of native/adamw.cpp's Row, one after the other."""
+    columns: list[list[int]] = [[] for _ in range(10)]
+    for number, group in enumerate(groups):
+        count = len(group.params)
+        parts = (
+            _addresses(group.params),
+            _addresses(group.grads),
+            _addresses(group.exp_avgs),
+            _addresses(group.exp_avg_sqs),
+            _addresses(group.extras) or [0] * count,
+            _addresses(group.steps),
+            [param.numel() for param in group.params],
+            group.streams,
+            group.offsets,
+            [number] * count,
         )
+        for column, part in zip(columns, parts, strict=True):
+            column.extend(part)
+    return array("q", chain.from_iterable(columns))
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]

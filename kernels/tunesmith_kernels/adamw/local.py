@@ -1,4 +1,4 @@
-"""The tensors of this process, flat in memory order: what a kernel may walk over."""
+"""The tensors of this process, in memory order: what a kernel may walk over."""
 
 from __future__ import annotations
 
@@ -18,12 +18,24 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """A contiguous view of all elements in memory order. Raises ValueError where the memory has gaps or overlaps."""
-    if tensor.is_contiguous():
-        return tensor
-    if torch.empty_like(tensor, device="meta").stride() != tensor.stride():
-        raise ValueError(f"a tensor of strides {tensor.stride()} is not dense: AdamW needs one without gaps")
+def in_memory_order(param: Tensor, grad: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Contiguous views of the parameter and its state, and of its gradient or of a copy that is laid out alike.
+
+    Raises ValueError where the parameter's memory has gaps or overlaps, RuntimeError where a state is laid out
+    otherwise.
+    """
+    if torch.empty_like(param, device="meta").stride() != param.stride():
+        raise ValueError(
+            f"a parameter of strides {param.stride()} is not dense: AdamW needs one without gaps"
+        )
+    if grad.stride() != param.stride():
+        grad = torch.empty_like(param).copy_(grad)
+    if any(state.shape != param.shape or state.stride() != param.stride() for state in states):
+        raise RuntimeError("AdamW: a state is not laid out in memory like its parameter")
+    return _flat(param), _flat(grad), [_flat(state) for state in states]
+
+
+def _flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunesmith_kernels.adamw.local import flat, is_dtensor, local, shard_offset
+from tunesmith_kernels.adamw.local import in_memory_order, is_dtensor, local, shard_offset
 from tunesmith_kernels.adamw.paths import Backend, check_backend, path
 from tunesmith_kernels.adamw.states import Kept, adopted_group, dtypes, kept, new_state, precision_of
 from tunesmith_kernels.adamw.tensors import Group, Path, Precision
@@ -148,6 +148,7 @@ class AdamW(Optimizer):
                     device = device or param.device
                     if param.device != device:
                         raise ValueError(f"AdamW: parameters on {device} and on {param.device}")
+                    self._check(param)
                     precision = precision_of(param, self.precision)
                     rows.setdefault(precision, []).append(self._row(param, precision, number))
                 number += 1
@@ -155,43 +156,36 @@ class AdamW(Optimizer):
         return gathered
 
     def _row(self, param: Tensor, precision: Precision, number: int) -> _Row:
-        """The tensors of one parameter, flat, and its key. number: its place over all groups."""
-        self._check(param)
-        if self.max_norm is not None and is_dtensor(param):
-            raise ValueError(
-                "max_norm: a DTensor parameter shows a shard of its gradient; let the engine clip (grad_scale)"
-            )
-        here, grad = local(param), local(cast(Tensor, param.grad))
+        """The tensors of one parameter, contiguous, and its key. number: its place over all groups."""
+        kinds = dtypes(precision, self.state_dtype)
+        state = self.state[param]
+        if not state:
+            state.update(new_state(param, kinds))
+        stream, offset = self._key(param, number) if precision in ("stochastic", "kahan") else (0, 0)
+        here, grad, states = param, cast(Tensor, param.grad), [state[name] for name in kinds]
+        if type(param) is not nn.Parameter and is_dtensor(param):
+            if self.max_norm is not None:
+                raise ValueError(
+                    "max_norm: a DTensor parameter shows a shard of its gradient; let the engine clip (grad_scale)"
+                )
+            here, grad, states = local(here), local(grad), [local(tensor) for tensor in states]
         if grad.layout != torch.strided or grad.dtype != here.dtype:
             raise ValueError(
                 f"AdamW: the gradient of parameter {number} is {grad.dtype}, {grad.layout}; "
                 f"it must be {here.dtype}, dense"
             )
-        walked = flat(here)
-        if grad.stride() != here.stride():
-            grad = torch.empty_like(here).copy_(grad)
-        state = self.state[param]
-        kinds = dtypes(precision, self.state_dtype)
-        if not state:
-            state.update(new_state(param, kinds))
-        tensors = [local(state[name]) for name in kinds]
-        for tensor, (name, dtype) in zip(tensors, kinds.items(), strict=True):
-            if not _fits(tensor, here, dtype):
+        if not (here.is_contiguous() and grad.is_contiguous()):
+            here, grad, states = in_memory_order(here, grad, states)
+        numel, device = here.numel(), here.device
+        for tensor, (name, dtype) in zip(states, kinds.items(), strict=True):
+            # a kernel walks over all of them with one index
+            fits = tensor.dtype == dtype and tensor.numel() == numel and tensor.is_contiguous()
+            if not fits or tensor.device != device:
                 raise RuntimeError(
                     f"AdamW: the {name} of parameter {number} is not the one that was made for it"
                 )
-        extra = flat(tensors[2]) if len(tensors) > 2 else None
-        stream, offset = self._key(param, number) if precision in ("stochastic", "kahan") else (0, 0)
-        return (
-            walked,
-            flat(grad),
-            flat(tensors[0]),
-            flat(tensors[1]),
-            extra,
-            state["step"],
-            stream,
-            offset,
-        )
+        extra = states[2] if len(states) > 2 else None
+        return here, grad, states[0], states[1], extra, state["step"], stream, offset
 
     def _key(self, param: Tensor, number: int) -> tuple[int, int]:
         key = self._keys.get(param)
@@ -244,16 +238,6 @@ def _unwrap(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Kept):
                 state[name] = value.tensor
-
-
-def _fits(state: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel may walk over both with one index."""
-    return (
-        state.dtype == dtype
-        and state.device == param.device
-        and state.shape == param.shape
-        and state.stride() == param.stride()
-    )
 
 
 def _group(settings: dict[str, Any], precision: Precision, rows: list[_Row]) -> Group:

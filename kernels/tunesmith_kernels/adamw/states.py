@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ def precision_of(param: Tensor, precision: Precision) -> Precision:
     return "fp32" if param.dtype == torch.float32 else precision
 
 
-def dtypes(precision: Precision, state_dtype: torch.dtype) -> dict[str, torch.dtype]:
+@functools.cache
+def dtypes(precision: Precision, state_dtype: torch.dtype) -> Mapping[str, torch.dtype]:
     """The names and types of the state of one parameter, `step` aside. state_dtype: of the moments, where the
     precision is `stochastic`."""
     match precision:

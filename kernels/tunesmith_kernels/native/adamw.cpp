@@ -17,14 +17,25 @@
 namespace {
 
 // Tensors are cut into blocks of this many elements, whatever the number of threads.
-constexpr int64_t kBlock = 32768;
+constexpr int64_t kBlock = 131072;
 
 enum Precision : int64_t { kFp32 = 0, kMaster = 1, kStochastic = 2, kStochasticFp32States = 3, kKahan = 4 };
 
-// One row of the caller's table: addresses as integers; `extra` is 0 where the precision has none.
+// A tensor to update: addresses as integers; `extra` is 0 where the precision has none.
 struct Row {
     int64_t param, grad, exp_avg, exp_avg_sq, extra, step, numel, stream, offset, group;
 };
+
+// The caller's table holds the fields one after the other, each for all tensors.
+std::vector<Row> rows_of(const int64_t* table, int64_t count) {
+    std::vector<Row> rows(count);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t* field = table + i;
+        rows[i] = {field[0],         field[count],     field[2 * count], field[3 * count], field[4 * count],
+                   field[5 * count], field[6 * count], field[7 * count], field[8 * count], field[9 * count]};
+    }
+    return rows;
+}
 
 struct Settings {
     double precision, lr, beta1, beta2, eps, weight_decay;
@@ -311,12 +322,12 @@ double tunesmith_gradient_norm(const void* table, int64_t count, int threads) {
     return std::sqrt(total);
 }
 
-// One update of `count` tensors; `settings` holds one entry per group.
+// One update of `count` tensors. table: see rows_of; settings: one entry per group.
 void tunesmith_adamw(const void* table, int64_t count, const void* settings, float coefficient, uint64_t seed,
                      int threads) {
-    const Row* rows = static_cast<const Row*>(table);
+    const std::vector<Row> rows = rows_of(static_cast<const int64_t*>(table), count);
     const Settings* groups = static_cast<const Settings*>(settings);
-    const std::vector<int64_t> first = first_blocks(rows, count);
+    const std::vector<int64_t> first = first_blocks(rows.data(), count);
     const int64_t blocks = first[count];
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t block = 0; block < blocks; ++block) {
