@@ -331,6 +331,8 @@ def rows_kernel(
     a_mass = tl.sum(mass, axis=1)
     rise = row_top[:, None] - high
     ce = tl.zeros([rows], tl.float32)
+    a_target = tl.zeros([rows], tl.float32)
+    rest = tl.zeros([rows], tl.float32)  # Σ a over the other classes
     if soft:
         ce = a_mass * log_total + _joined(cross, mass, rise)
         log_prob = -ce
@@ -340,14 +342,13 @@ def rows_kernel(
         likeliest = tl.min(tl.where(best == row_best[:, None], place, vocab - 1), axis=1)
         z_likeliest, _ = _shaped(_load(begin + likeliest, present), scale, softcap, capped, scaled)
         correct = z_likeliest >= row_top
-        rest = a_mass * 0.0
     else:
         own_weight = tl.full([rows], 1.0, tl.float32)
         if class_weight is not None:
             own_weight = tl.load(class_weight + label)
         log_prob = tl.where(z_target == float("-inf"), z_target, behind) - log_total
         a_target = own_weight * (1.0 - smoothing + share)
-        rest = share * a_mass  # Σ a over the other classes
+        rest = share * a_mass
         ce = tl.where(a_target == 0, 0.0, -a_target * log_prob)
         if smoothed:
             ce += rest * log_total + share * _joined(cross, mass, rise)
@@ -355,7 +356,8 @@ def rows_kernel(
         correct = z_target >= row_top
 
     focal = tl.where(gamma == 0, 1.0, _exp(gamma * tl.log(miss)))
-    steep = tl.where((gamma == 0) | (miss == 0), 0.0, gamma * focal / miss * (own / row_total) * ce)
+    s_target = own / row_total
+    steep = tl.where((gamma == 0) | (miss == 0), 0.0, gamma * focal / miss * s_target * ce)
     loss = focal * ce + z_loss * lse * lse
     if token_weight is not None:
         loss *= tl.load(token_weight + row, mask=present, other=0.0)
@@ -368,8 +370,13 @@ def rows_kernel(
     if factor is not None:
         outer = tl.load(factor + row, mask=present, other=0.0) * scale
         certain = focal * a_mass + steep + 2.0 * z_loss * lse
-        # (F·A + K + 2ζ·lse)·s − F·a − K, without the cancellation in s − 1 where the row is nearly certain
-        entry = outer * slope_target * (focal * rest + 2.0 * z_loss * lse - certain * miss)
+        # (F·A + K + 2ζ·lse)·s − F·a − K, with s or 1 − s, whichever is small: there the rest does not cancel
+        entry = tl.where(
+            s_target < 0.5,
+            certain * s_target - focal * a_target - steep,
+            focal * rest + 2.0 * z_loss * lse - certain * miss,
+        )
+        entry *= outer * slope_target
         per_e = outer * certain / row_total
         flat = outer * focal
         if not soft:
