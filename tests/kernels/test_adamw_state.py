@@ -329,5 +329,5 @@ def test_sparse_gradients_and_foreign_states_are_refused() -> None:
 
 def test_a_backend_that_cannot_run_here_says_why() -> None:
     params = parameters(values(FP32, SMALL))
-    with pytest.raises(RuntimeError, match=r"backend='triton'.*the tensors are on cpu"):
+    with pytest.raises(RuntimeError, match=r"backend='triton'.*the tensors are on the CPU"):
         run(AdamW(params, backend="triton"), params, gradients(1, FP32, SMALL))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith_kernels import native
+from tunesmith_kernels.adamw.reference import clip
 from tunesmith_kernels.adamw.tensors import Group
 
 
@@ -34,6 +35,9 @@ def _library() -> _Library:
     adamw.restype = None
     adamw.argtypes = [table, count, table, ctypes.c_float, ctypes.c_uint64, ctypes.c_int]
     return _Library(norm, adamw)
+
+
+__all__ = ["clip", "norm", "update"]
 
 
 def norm(grads: Sequence[Tensor]) -> Tensor:

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from tunesmith_kernels.adamw.local import in_memory_order, is_dtensor, local, shard_offset
 from tunesmith_kernels.adamw.paths import Backend, check_backend, path
+from tunesmith_kernels.adamw.scaling import scaling
 from tunesmith_kernels.adamw.states import Kept, adopted_group, dtypes, kept, new_state, precision_of
-from tunesmith_kernels.adamw.tensors import Group, Path, Precision
+from tunesmith_kernels.adamw.tensors import Group, Precision
 
 # parameter, gradient, moments, extra, step, stream, offset
 _Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, int, int]
@@ -113,28 +114,15 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._last_grad_norm = None if self.max_norm is None else torch.zeros(())
-        if groups := self._gathered():
+        groups = self._gathered()
+        if not groups:
+            self._last_grad_norm = None if self.max_norm is None else torch.zeros(())
+        else:
             way = path(self.backend, groups[0].params[0].device)
-            coefficient, skip = self._scaling(groups, way)
-            way.update(groups, coefficient, skip, self.seed)
+            by = scaling(self, self.max_norm, [grad for group in groups for grad in group.grads], way)
+            self._last_grad_norm = by.norm
+            way.update(groups, by.coefficient, by.skip, self.seed)
         return loss
-
-    def _scaling(self, groups: list[Group], way: Path) -> tuple[Tensor, Tensor]:
-        """What the gradients are multiplied by, and whether the step is suppressed."""
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if self.max_norm is not None:
-            if grad_scale is not None or found_inf is not None:
-                raise ValueError("max_norm cannot be used where an engine sets grad_scale or found_inf")
-            norm = way.norm([grad for group in groups for grad in group.grads])
-            self._last_grad_norm = norm
-            # the difference is 0, or NaN where the norm is not finite; and NaN is not 0
-            return (self.max_norm / (norm + 1e-6)).clamp(max=1.0), norm - norm
-        device = groups[0].params[0].device
-        one, zero = torch.ones((), device=device), torch.zeros((), device=device)
-        coefficient = one if grad_scale is None else local(grad_scale).float().reshape(()).reciprocal()
-        return coefficient, zero if found_inf is None else local(found_inf).float().reshape(())
 
     def _gathered(self) -> list[Group]:
         """The parameters with a gradient; two groups where bf16 and fp32 parameters share one."""

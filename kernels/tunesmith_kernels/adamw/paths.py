@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 from typing import Literal, cast, get_args
 
 import torch
 
-from tunesmith_kernels import native
+from tunesmith_kernels import native, triton_support
 from tunesmith_kernels.adamw.tensors import Path
 
 Backend = Literal["reference", "cpu", "triton"]
@@ -26,9 +24,10 @@ def path_for(device: torch.device | str) -> tuple[Backend, str]:
                 return "cpu", "C++, one pass over all tensors"
             return "reference", f"plain torch: {reason}"
         case "cuda":
-            if _has_triton():
+            reason = triton_support.why_not(torch.device(device))
+            if reason is None:
                 return "triton", "Triton, multi-tensor"
-            return "reference", "plain torch: triton is not installed"
+            return "reference", f"plain torch: {reason}"
         case _:
             return "reference", f"plain torch: there is no kernel for {kind}"
 
@@ -55,11 +54,4 @@ def _fault(backend: Backend, device: torch.device) -> str | None:
         case "cpu":
             return f"the tensors are on {device}" if device.type != "cpu" else native.unavailable()
         case "triton":
-            interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-            if device.type != "cuda" and not interpreted:
-                return f"the tensors are on {device}"
-            return None if _has_triton() else "triton is not installed"
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+            return triton_support.why_not(device)

@@ -45,6 +45,12 @@ def norm(grads: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
+def clip(norm: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """See `Path.clip`."""
+    # the difference is 0, or NaN where the norm is not finite
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0), norm - norm
+
+
 @torch.no_grad()
 def update(groups: Sequence[Group], coefficient: Tensor, skip: Tensor, seed: int) -> None:
     """See `Path.update`. Waits for the device: it reads `skip` and the step counters."""

@@ -51,6 +51,12 @@ class Path(Protocol):
         infinite where one of them is. Never waits for the device. `grads` is not empty."""
         ...
 
+    def clip(self, norm: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+        """What `update` takes to clip gradients of norm `norm` (0-dim): the coefficient min(1, max_norm / (norm +
+        1e-6)), torch.nn.utils.clip_grad_norm_'s, and a skip that is not 0 (it may be NaN) where the norm is not
+        finite. Both 0-dim fp32 on the norm's device, without waiting for it."""
+        ...
+
     def update(self, groups: Sequence[Group], coefficient: Tensor, skip: Tensor, seed: int) -> None:
         """One AdamW update (Loshchilov and Hutter 2019, as torch.optim.AdamW has it) with the gradients ×
         `coefficient`, and none at all where `skip` is not 0: then every tensor stays as it is, bit for bit. The

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tunesmith_kernels.adamw import paths
 from tunesmith_kernels.adamw.local import is_dtensor, local, shard_offset
 from tunesmith_kernels.adamw.paths import Backend, check_backend
+from tunesmith_kernels.adamw.scaling import scaling
 from tunesmith_kernels.adamw.states import Kept
 from tunesmith_kernels.adamw8bit.codebook import Books
 from tunesmith_kernels.adamw8bit.paths import path
@@ -133,34 +134,21 @@ class AdamW8bit(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._last_grad_norm = None if self.max_norm is None else torch.zeros(())
         gathered = self._gathered()
         groups = [_group(settings, rows, self) for settings, rows in gathered]
-        if groups:
-            coefficient, skip = self._scaling(groups)
+        if not groups:
+            self._last_grad_norm = None if self.max_norm is None else torch.zeros(())
+        else:
             device = groups[0].params[0].device
-            path(self.backend, device).update(groups, coefficient, skip, self.seed)
+            grads = [grad for group in groups for grad in group.grads]
+            by = scaling(self, self.max_norm, grads, paths.path(self.backend, device))
+            self._last_grad_norm = by.norm
+            path(self.backend, device).update(groups, by.coefficient, by.skip, self.seed)
             for _, rows in gathered:
                 for row in rows:
                     if row.target is not None:
                         row.target.copy_(row.param)
         return loss
-
-    def _scaling(self, groups: list[Group]) -> tuple[Tensor, Tensor]:
-        """What the gradients are multiplied by, and whether the step is suppressed."""
-        device = groups[0].params[0].device
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if self.max_norm is not None:
-            if grad_scale is not None or found_inf is not None:
-                raise ValueError("max_norm cannot be used where an engine sets grad_scale or found_inf")
-            grads = [grad for group in groups for grad in group.grads]
-            norm = self._last_grad_norm = paths.path(self.backend, device).norm(grads)
-            # the difference is 0, or NaN where the norm is not finite; and NaN is not 0
-            return (self.max_norm / (norm + 1e-6)).clamp(max=1.0), norm - norm
-        one, zero = torch.ones((), device=device), torch.zeros((), device=device)
-        coefficient = one if grad_scale is None else local(grad_scale).float().reshape(()).reciprocal()
-        return coefficient, zero if found_inf is None else local(found_inf).float().reshape(())
 
     def _gathered(self) -> list[tuple[dict[str, Any], list[_Row]]]:
         """The parameters with a gradient: those of a group by dtype and form of their moments."""

@@ -111,21 +111,24 @@ def _exp(x: tl.tensor):
 
 
 @triton.jit
-def _tanh(x: tl.tensor):
-    """tanh x, and its slope 1 − tanh² x. Below 0.625 after the Cephes library (Moshier); above, from 1 − tanh x, so
-    that neither loses digits where it saturates."""
-    square = x * x
-    p = -5.70498872745e-3 * square + 2.06390887954e-2
-    p = p * square - 5.37397155531e-2
-    p = p * square + 1.33314422036e-1
-    p = p * square - 3.33332819422e-1
-    near = p * square * x + x
+def _tanh(x: tl.tensor, fine: tl.constexpr):
+    """tanh x, and its slope 1 − tanh² x, from 1 − tanh |x|, so that they keep their digits where they saturate. Where
+    it is not `fine`, to 1e-7 of 1; where it is, to 1e-7 of itself: below 0.625 after the Cephes library (Moshier)."""
     size = tl.abs(x)
     e = _exp(-2.0 * size)
     rest = 2.0 * e / (1.0 + e)
-    far = tl.where(x < 0, rest - 1.0, 1.0 - rest)
-    small = size < 0.625
-    return tl.where(small, near, far), tl.where(small, 1.0 - near * near, rest * (2.0 - rest))
+    tanh = tl.where(x < 0, rest - 1.0, 1.0 - rest)
+    slope = rest * (2.0 - rest)
+    if fine:
+        square = x * x
+        p = -5.70498872745e-3 * square + 2.06390887954e-2
+        p = p * square - 5.37397155531e-2
+        p = p * square + 1.33314422036e-1
+        p = p * square - 3.33332819422e-1
+        near = p * square * x + x
+        tanh = tl.where(size < 0.625, near, tanh)
+        slope = tl.where(size < 0.625, 1.0 - near * near, slope)
+    return tanh, slope
 
 
 @triton.jit
@@ -162,15 +165,25 @@ def _store(pointers: tl.tensor, value: tl.tensor, mask: tl.tensor, interpreted: 
 
 
 @triton.jit
-def _shaped(x: tl.tensor, scale: tl.tensor, softcap: tl.tensor, capped: tl.constexpr, scaled: tl.constexpr):
-    """z, and ∂z/∂x but for the factor `scale`."""
+def _shaped(
+    pointers: tl.tensor,
+    mask: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    capped: tl.constexpr,
+    scaled: tl.constexpr,
+):
+    """z of the logits there, and ∂z/∂x but for the factor `scale`."""
+    z = _load(pointers, mask)
     slope = 1.0
     if capped:
-        x, slope = _tanh(x * (scale / softcap))  # pyright: ignore[reportGeneralTypeIssues]
-        x *= softcap
+        # 16 bits of a logit are coarser by far than the quicker tanh
+        fine: tl.constexpr = tl.constexpr(pointers.dtype.element_ty == tl.float32)  # pyright: ignore[reportAttributeAccessIssue]
+        z, slope = _tanh(z * (scale / softcap), fine)  # pyright: ignore[reportGeneralTypeIssues]
+        z *= softcap
     elif scaled:
-        x *= scale
-    return x, slope
+        z *= scale
+    return z, slope
 
 
 @triton.jit
@@ -255,7 +268,7 @@ def rows_kernel(
         wanted = tl.load(target + row, mask=present, other=0)
         valid = (wanted >= 0) & (wanted < vocab)
         label = tl.where(valid, wanted, 0).to(tl.int32)
-        z_target, slope_target = _shaped(_load(begin + label, present), scale, softcap, capped, scaled)
+        z_target, slope_target = _shaped(begin + label, present, scale, softcap, capped, scaled)
         z_target = tl.where(valid, z_target, float("nan"))
 
     # over groups: the maximum m; Σ e^(z−m), Σ e^(z−m)·(z−m); Σ a·(m−z), Σ a; Σ q·(m−z), Σ q; the greatest q, its place
@@ -271,7 +284,7 @@ def rows_kernel(
     for start in tl.range(0, vocab, block, num_stages=stages):
         cols = start + within
         inside = (cols < vocab) & present[:, None, None]
-        z, _ = _shaped(_load(begin[:, None, None] + cols, inside), scale, softcap, capped, scaled)
+        z, _ = _shaped(begin[:, None, None] + cols, inside, scale, softcap, capped, scaled)
         summed = inside
         if not soft:
             summed = inside & (cols != label[:, None, None])
@@ -340,7 +353,7 @@ def rows_kernel(
             log_prob = -(tl.sum(plain_mass, axis=1) * log_total + _joined(plain, plain_mass, rise))
         row_best = tl.max(best, axis=1)
         likeliest = tl.min(tl.where(best == row_best[:, None], place, vocab - 1), axis=1)
-        z_likeliest, _ = _shaped(_load(begin + likeliest, present), scale, softcap, capped, scaled)
+        z_likeliest, _ = _shaped(begin + likeliest, present, scale, softcap, capped, scaled)
         correct = z_likeliest >= row_top
     else:
         own_weight = tl.full([rows], 1.0, tl.float32)
@@ -386,7 +399,7 @@ def rows_kernel(
             cols = start + within
             inside = (cols < vocab) & present[:, None, None]
             pointers = begin[:, None, None] + cols
-            z, slope = _shaped(_load(pointers, inside), scale, softcap, capped, scaled)
+            z, slope = _shaped(pointers, inside, scale, softcap, capped, scaled)
             gradient = per_e[:, None, None] * _exp(z - row_top[:, None, None])
             if weighed:
                 q = 0.0
