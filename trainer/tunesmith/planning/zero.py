@@ -87,14 +87,17 @@ def _stages_1_and_2(workload: Workload, setup: Setup, found: list[Place]) -> Ite
                 done += place.gradients
                 continue
             reductions, in_bucket = _reductions(place, in_bucket, bucket)
-            for live, filled in reductions:
-                kept = before + owned * reduced + (filled if filled > bucket else 0.0)
-                here = replace(base, activations=live, gradients=kept, moment=place.moment)
-                yield replace(here, buffers=bucket + filled)
-                reduced = True
-            with_large, large = _larger(place, large, bucket)
             kept = before + owned * reduced
-            yield with_large.peak(keeps_gradients=True, base=replace(base, gradients=kept))
+            during, large = _larger(place, large, bucket)
+            for event, live, filled in reductions:
+                own = before + (filled if filled > bucket else 0.0)
+                here = replace(base, activations=live, moment=place.moment)
+                yield replace(here, gradients=own + owned * reduced, buffers=bucket + filled)
+                yield replace(here, gradients=own + owned)  # what is kept of it is copied before it goes
+                if not reduced:
+                    during.table[event:, 1] += owned
+                reduced = True
+            yield during.peak(keeps_gradients=True, base=replace(base, gradients=kept))
         last = replace(held, buffers=bucket + copied, moment="reduction of the gradients")
         if stage == 1:
             yield replace(last, gradients=everything - copied)
@@ -112,13 +115,16 @@ def _stages_1_and_2(workload: Workload, setup: Setup, found: list[Place]) -> Ite
     )
 
 
-def _reductions(place: Place, in_bucket: float, bucket: float) -> tuple[list[tuple[float, float]], float]:
-    """([(live bytes of activations, bytes in the bucket) when a gradient finds it full], bytes in it at the end)."""
-    found: list[tuple[float, float]] = []
+def _reductions(
+    place: Place, in_bucket: float, bucket: float
+) -> tuple[list[tuple[int, float, float]], float]:
+    """([(event, live bytes of activations, bytes in the bucket) when a gradient finds it full], bytes in it at the
+    end)."""
+    found: list[tuple[int, float, float]] = []
     for event, size in enumerate(_sizes(place)):
         if size > 0 and in_bucket + size > bucket:
             if in_bucket:
-                found.append((place.level + float(place.table[event, 0]) + size, in_bucket))
+                found.append((event, place.level + float(place.table[event, 0]) + size, in_bucket))
             in_bucket = 0.0
         in_bucket += max(size, 0.0)
     return found, in_bucket
@@ -173,7 +179,7 @@ def _stage3(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
         yield replace(waiting, activations=place.level)
         yield place.peak(keeps_gradients=False, base=base)
         reductions, in_bucket = _reductions(place, in_bucket, bucket)
-        for live, filled in reductions:
+        for _, live, filled in reductions:
             here = replace(base, activations=live, moment=place.moment)
             yield replace(here, buffers=bucket + filled * (1 + gloo))
     last = replace(held, gather=4.0 * gathers.end, moment="reduction of the gradients")
