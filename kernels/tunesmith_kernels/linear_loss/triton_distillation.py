@@ -23,11 +23,7 @@ from tunesmith_kernels.linear_loss.distillation_rows import (
     DistillationOptions,
     DistillationOutputs,
 )
-from tunesmith_kernels.linear_loss.triton_rows import (
-    _load,  # pyright: ignore[reportPrivateUsage]
-    _shaped,  # pyright: ignore[reportPrivateUsage]
-    _store,  # pyright: ignore[reportPrivateUsage]
-)
+from tunesmith_kernels.linear_loss.triton_logits import load_logits, shaped, store_logits
 
 FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
 _KINDS = {"forward_kl": FORWARD_KL, "reverse_kl": REVERSE_KL, "jsd": JSD}
@@ -146,7 +142,7 @@ def _against_mixture(d: tl.tensor, beta: tl.tensor):
 @triton.jit
 def _logit(x: tl.tensor, scale: tl.tensor, softcap: tl.tensor, capped: tl.constexpr, scaled: tl.constexpr):
     """z, without its slope."""
-    z, _slope = _shaped(x, scale, softcap, capped, scaled)  # pyright: ignore[reportGeneralTypeIssues]
+    z, _slope = shaped(x, scale, softcap, capped, scaled)  # pyright: ignore[reportGeneralTypeIssues]
     return z
 
 
@@ -229,7 +225,7 @@ def dense_kernel(
     label, valid = _label(target, row, vocab)  # pyright: ignore[reportGeneralTypeIssues]
     z_target = 0.0
     if target is not None:
-        own_logit = _load(student + tl.where(valid, label, 0), True)
+        own_logit = load_logits(student + tl.where(valid, label, 0), True)
         z_target = _logit(own_logit, scale, softcap, capped, scaled)
         z_target = tl.where(valid, z_target, float("nan"))
 
@@ -240,9 +236,9 @@ def dense_kernel(
     broken = tl.zeros([block], tl.int32)
     for start in range(0, vocab, block):
         inside = start + lane < vocab
-        z = _logit(_load(student + start + lane, inside), scale, softcap, capped, scaled)
+        z = _logit(load_logits(student + start + lane, inside), scale, softcap, capped, scaled)
         t = _logit(
-            _load(other + start + lane, inside),
+            load_logits(other + start + lane, inside),
             teacher_scale,
             teacher_softcap,
             teacher_capped,
@@ -270,9 +266,9 @@ def dense_kernel(
     for start in range(0, vocab, block):
         cols = start + lane
         inside = cols < vocab
-        z = _logit(_load(student + cols, inside), scale, softcap, capped, scaled)
+        z = _logit(load_logits(student + cols, inside), scale, softcap, capped, scaled)
         t = _logit(
-            _load(other + cols, inside), teacher_scale, teacher_softcap, teacher_capped, teacher_scaled
+            load_logits(other + cols, inside), teacher_scale, teacher_softcap, teacher_capped, teacher_scaled
         )
         x = tl.where(inside, tl.maximum(z - top, _FLOOR), _FLOOR)
         y = tl.where(inside, tl.maximum(t - other_top, _FLOOR), _FLOOR)
@@ -317,9 +313,13 @@ def dense_kernel(
         for start in range(0, vocab, block):
             cols = start + lane
             inside = cols < vocab
-            z = _logit(_load(student + cols, inside), scale, softcap, capped, scaled)
+            z = _logit(load_logits(student + cols, inside), scale, softcap, capped, scaled)
             t = _logit(
-                _load(other + cols, inside), teacher_scale, teacher_softcap, teacher_capped, teacher_scaled
+                load_logits(other + cols, inside),
+                teacher_scale,
+                teacher_softcap,
+                teacher_capped,
+                teacher_scaled,
             )
             b = tl.where(inside, tl.maximum(z - top, _FLOOR), _FLOOR) / temperature
             a = tl.where(inside, tl.maximum(t - other_top, _FLOOR), _FLOOR) / temperature
@@ -359,9 +359,13 @@ def dense_kernel(
         for start in range(0, vocab, block):
             cols = start + lane
             inside = cols < vocab
-            z, slope = _shaped(_load(student + cols, inside), scale, softcap, capped, scaled)
+            z, slope = shaped(load_logits(student + cols, inside), scale, softcap, capped, scaled)
             t = _logit(
-                _load(other + cols, inside), teacher_scale, teacher_softcap, teacher_capped, teacher_scaled
+                load_logits(other + cols, inside),
+                teacher_scale,
+                teacher_softcap,
+                teacher_capped,
+                teacher_scaled,
             )
             x, y = tl.maximum(z - top, _FLOOR), tl.maximum(t - other_top, _FLOOR)
             e = tl.exp(x)
@@ -379,7 +383,7 @@ def dense_kernel(
             # s − 1 without cancellation where the row is nearly certain
             gradient += tl.where(cols == label, -missed, per_e * e)
             gradient = tl.where(sound, gradient * slope, float("nan"))
-            _store(student + cols, gradient, inside, interpreted)
+            store_logits(student + cols, gradient, inside, interpreted)
 
 
 @triton.jit
@@ -423,7 +427,7 @@ def top_k_kernel(
     label, valid = _label(target, row, vocab)  # pyright: ignore[reportGeneralTypeIssues]
     z_target = 0.0
     if target is not None:
-        own_logit = _load(student + tl.where(valid, label, 0), True)
+        own_logit = load_logits(student + tl.where(valid, label, 0), True)
         z_target = _logit(own_logit, scale, softcap, capped, scaled)
         z_target = tl.where(valid, z_target, float("nan"))
     index = tl.load(indices + row * k + of_k, mask=known, other=0)
@@ -431,14 +435,14 @@ def top_k_kernel(
     known_fits = known & fits
     log_p = tl.load(log_probs + row * k + of_k, mask=known, other=float("-inf"))
     place = student + tl.where(fits, index, 0)
-    z_k, slope_k = _shaped(_load(place, known_fits), scale, softcap, capped, scaled)
+    z_k, slope_k = shaped(load_logits(place, known_fits), scale, softcap, capped, scaled)
     z_k = tl.where(known_fits, z_k, float("-inf"))
 
     high = tl.full([block], float("-inf"), tl.float32)
     broken = tl.zeros([block], tl.int32)
     for start in range(0, vocab, block):
         inside = start + lane < vocab
-        z = _logit(_load(student + start + lane, inside), scale, softcap, capped, scaled)
+        z = _logit(load_logits(student + start + lane, inside), scale, softcap, capped, scaled)
         broken |= (inside & (z != z)).to(tl.int32)
         high = tl.maximum(high, tl.where(inside, z, float("-inf")))
     top = tl.max(high, axis=0)
@@ -450,14 +454,14 @@ def top_k_kernel(
 
     # the k classes are marked with +inf, which a sound row has not, so that the passes over all classes leave them out
     tl.debug_barrier()
-    _store(place, tl.full([few], float("inf"), tl.float32), known_fits, interpreted)
+    store_logits(place, tl.full([few], float("inf"), tl.float32), known_fits, interpreted)
     tl.debug_barrier()
     total = tl.zeros([block], tl.float32)
     weighted = tl.zeros([block], tl.float32)
     of_q = tl.zeros([block], tl.float32)
     for start in range(0, vocab, block):
         cols = start + lane
-        raw = _load(student + cols, cols < vocab)
+        raw = load_logits(student + cols, cols < vocab)
         inside = (cols < vocab) & (raw != float("inf"))
         z = _logit(raw, scale, softcap, capped, scaled)
         x = tl.where(inside, tl.maximum(z - top, _FLOOR), _FLOOR)
@@ -549,14 +553,14 @@ def top_k_kernel(
         for start in range(0, vocab, block):
             cols = start + lane
             inside = cols < vocab
-            z, slope = _shaped(_load(student + cols, inside), scale, softcap, capped, scaled)
+            z, slope = shaped(load_logits(student + cols, inside), scale, softcap, capped, scaled)
             x = tl.maximum(z - top, _FLOOR)
             e = tl.exp(x)
             eb = e
             if warm:
                 eb = tl.exp(x / temperature)
             gradient = by_tail * eb + tl.where(cols == label, -missed, per_e * e)
-            _store(student + cols, gradient * slope, inside, interpreted)
+            store_logits(student + cols, gradient * slope, inside, interpreted)
         tl.debug_barrier()  # over what the pass left in the k classes' places
         gradient_k = kd * gradient_k + tl.where(index == label, -missed, per_e * e_k)
-        _store(place, gradient_k * slope_k, known_fits, interpreted)
+        store_logits(place, gradient_k * slope_k, known_fits, interpreted)
