@@ -4,11 +4,13 @@ held against the model's own logits before the first step."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from tunesmith.batch import IGNORED, Batch
 from tunesmith.data.stream import Stream
 from tunesmith.engine import Engine
 from tunesmith.errors import MachineError
@@ -69,11 +71,24 @@ def fuse_loss(engine: Engine, stream: Stream, head: FusedHead | str) -> dict[str
     }
 
 
+def _beginning(batch: Batch) -> Batch:
+    """At most 128 positions, for the check makes whole logits, where the run may have memory for none; all of them
+    labelled, since an answer may begin behind them."""
+    inputs, targets = (
+        {k: v[:, :128] if v.ndim == 2 else v for k, v in group.items()}
+        for group in (batch.inputs, batch.targets)
+    )
+    labels = targets["labels"]
+    return replace(
+        batch, inputs=inputs, targets={**targets, "labels": labels.masked_fill(labels == IGNORED, 1)}
+    )
+
+
 def _disagreement(engine: Engine, stream: Stream, tolerance: float) -> str | None:
     """What is wrong with the fused loss of two short rows, on any rank."""
     by_length = stream.dataset.table.lengths().argsort(kind="stable")
     rows = [int(row) for row in by_length[len(by_length) // 4 :][:2]]
-    batch = engine.part(stream.batch([[row] for row in rows], 0, rows[0]))
+    batch = engine.part(_beginning(stream.batch([[row] for row in rows], 0, rows[0])))
     engine.module.eval()
     with torch.no_grad():
         found: Compared = engine.forward(batch, "compare")
