@@ -46,7 +46,7 @@ def config(vocab: int, itemsize: int, weighed: bool) -> Config:
     smoothing), hence more sums. Chosen so that no thread runs out of registers (the tests compile every case)."""
     if vocab % 16 == 0:
         group = _LOAD_BYTES // itemsize
-        per_thread = 8 if weighed and itemsize == 4 else 16
+        per_thread = 8 if weighed else 16
     else:  # a row that begins anywhere is loaded element by element: neighbours lie in different threads
         group, per_thread = 1, 4
     warps = 8 if weighed else 16
@@ -113,7 +113,7 @@ def _exp(x: tl.tensor):
 @triton.jit
 def _tanh(x: tl.tensor, fine: tl.constexpr):
     """tanh x, and its slope 1 − tanh² x, from 1 − tanh |x|, so that they keep their digits where they saturate. Where
-    it is not `fine`, to 1e-7 of 1; where it is, to 1e-7 of itself: below 0.625 after the Cephes library (Moshier)."""
+    it is not `fine`, within 1e-7 of 1; where it is, within 1e-7 of itself: below 0.625 after the Cephes library (Moshier)."""
     size = tl.abs(x)
     e = _exp(-2.0 * size)
     rest = 2.0 * e / (1.0 + e)
