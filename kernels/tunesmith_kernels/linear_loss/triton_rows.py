@@ -112,8 +112,9 @@ def _exp(x: tl.tensor):
 
 @triton.jit
 def _tanh(x: tl.tensor, fine: tl.constexpr):
-    """tanh x, and its slope 1 − tanh² x, from 1 − tanh |x|, so that they keep their digits where they saturate. Where
-    it is not `fine`, within 1e-7 of 1; where it is, within 1e-7 of itself: below 0.625 after the Cephes library (Moshier)."""
+    """tanh x, and its slope 1 − tanh² x, from 1 − tanh |x|, so that they keep their digits where they saturate.
+
+    Within 1e-7 of 1; where it is `fine`, within 1e-7 of itself: below 0.625 after the Cephes library (Moshier)."""
     size = tl.abs(x)
     e = _exp(-2.0 * size)
     rest = 2.0 * e / (1.0 + e)
