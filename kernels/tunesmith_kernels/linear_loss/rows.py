@@ -132,10 +132,12 @@ def torch_rows(logits: Tensor, inputs: RowInputs, options: RowOptions, outputs: 
     if a is not None:
         gradient -= focal[:, None] * a
     if a_target is not None:
-        # (F·A + K + 2ζ·lse)·s − F·a − K, without the cancellation in s − 1 where the row is nearly certain
+        # (F·A + K + 2ζ·lse)·s − F·a − K, by whichever of s and 1 − s is small: nothing cancels at either end
         a_target = a_target if a is None else a_target + a.expand(vocab)[target]
         rest = focal * (a_sum - a_target) + 2 * options.z_loss * lse
-        gradient.scatter_(1, at, (certain * torch.expm1(log_prob) + rest)[:, None])
+        s = log_prob.exp()
+        doubtful, sure = certain * s - focal * a_target - steep, certain * torch.expm1(log_prob) + rest
+        gradient.scatter_(1, at, torch.where(s < 0.5, doubtful, sure)[:, None])
     if slope_z is not None:
         gradient *= slope_z
     gradient *= (inputs.gradient_factor * options.scale)[:, None]
