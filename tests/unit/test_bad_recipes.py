@@ -79,7 +79,7 @@ BAD = {
         ":5: optim: must be a mapping, not 'adamw_torch'; write {name: adamw}",
         ":6: parallel: must be a mapping, not 'ddp'; write {strategy: ddp}"),
     "number_as_key": (HEAD + "training: {1: 2}\n", ":4: training.1: unknown key; training takes num_train_epochs, max_steps, global_batch_size, per_device_train_batch_size, precision, torch_compile, seed"),
-    "literal_typo": (HEAD + "training: {precision: bf61}\n", ":4: training.precision: must be one of fp32, bf16, fp16, auto, not 'bf61'; did you mean bf16?"),
+    "literal_typo": (HEAD + "training: {precision: bf61}\n", ":4: training.precision: must be one of fp32, bf16, fp16, auto, bf16_master, bf16_stochastic, bf16_kahan, not 'bf61'; did you mean bf16?"),
     "literal": (HEAD + "kernels: fastest\n", ":4: kernels: must be one of auto, reference or a mapping, not 'fastest'"),
     "kernel": (
         HEAD + "kernels: {linear_cross_entropy: cuda}\n",

@@ -14,11 +14,12 @@ from tunesmith.checkpoint.run_state import load_weights
 from tunesmith.checkpoint.store import verify
 from tunesmith.engine import Engine, build_engine
 from tunesmith.errors import UserError
+from tunesmith.fusing import choose_head
 from tunesmith.model import Loaded, load_model, load_tokenizer
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.optim import Spec
-from tunesmith.precision import choose
+from tunesmith.precision import choose, round_parameters
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import load_recipe
@@ -60,12 +61,26 @@ def open_run(run_dir: Path, checkpoint: int | None = None) -> FinishedRun:
     # one process, whatever the run was spread over
     engine = build_engine(recipe.model_copy(update={"parallel": Single(strategy="single")}))
     precision, _ = choose(recipe.training.precision, engine.device)
+    round_parameters(loaded.model, Spec.of(recipe).parameter_dtype)
     module = TrainModule(loaded.model, objective, precision)
+    if _was_fused(run_dir):  # the same arithmetic as the run's own evaluations
+        head = choose_head(recipe, loaded.model, objective)
+        module.fused_head = None if isinstance(head, str) else head
     engine.prepare(module, loaded.fill, Spec(SGD(name="sgd")))  # which holds no state, and takes no step
     if saved is not None:
         load_weights(engine, saved)
     engine.module.eval()
     return FinishedRun(run_dir, recipe, saved.name if saved else "final", tokenizer, objective, engine)
+
+
+def _was_fused(run_dir: Path) -> bool:
+    """Whether the run computed its loss without logits, and had held it against theirs."""
+    try:
+        about = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+        path = about["facts"]["kernels"]["linear_cross_entropy"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # of a run that did not get so far, or of an older version
+    return not path.startswith("reference")
 
 
 def read_recipe(run_dir: Path) -> Recipe:
