@@ -232,26 +232,31 @@ def compare(bench: Bench, task: str, precision: str, rounds: int, steps: int) ->
     finally:
         for each in contestants:
             each.close()
-    timed = [WARM_UP + turn * (1 + steps) + 1 + step for turn in range(rounds) for step in range(steps)]
-    rows = [row for step in timed for row in windows[step]]
-    tokens = sum(len(row["input_ids"]) for row in rows)
+    # rows of the timed steps, by rounds
+    begins = [WARM_UP + turn * (1 + steps) + 1 for turn in range(rounds)]
+    timed = [[row for step in range(at, at + steps) for row in windows[step]] for at in begins]
+    tokens = [sum(len(row["input_ids"]) for row in rows) for rows in timed]
     # nothing predicts a row's first token
-    labelled = sum(label != IGNORED for row in rows for label in row["labels"][1:])
-    padded = sum(len(windows[step]) * max(len(row["input_ids"]) for row in windows[step]) for step in timed)
+    labelled = [sum(label != IGNORED for row in rows for label in row["labels"][1:]) for rows in timed]
+    widths = [
+        max(len(row["input_ids"]) for row in windows[at + step]) for at in begins for step in range(steps)
+    ]
     own = [sum(each["seconds"][1:]) for each in found["auto"]]
     own_cpu = [sum(each["cpu_seconds"][1:]) for each in found["auto"]]
     result: dict[str, Any] = {
-        "tokens_per_step": tokens / len(timed),
-        "labelled_share": labelled / tokens,
-        "positions_per_step": padded / len(timed),
+        "tokens_per_step": sum(tokens) / len(widths),
+        "labelled_share": sum(labelled) / sum(tokens),
+        "positions_per_step": ROWS * statistics.mean(widths),
     }
     for each in contestants:
         seconds = [sum(one["seconds"][1:]) for one in found[each.name]]
         cpu = [sum(one["cpu_seconds"][1:]) for one in found[each.name]]
         ratios = [a / b for a, b in zip(own, seconds, strict=True)]
         result[each.name] = {
-            "tokens_per_second": tokens / sum(seconds),
-            "labelled_tokens_per_second": labelled / sum(seconds),
+            "tokens_per_second": statistics.median(a / b for a, b in zip(tokens, seconds, strict=True)),
+            "labelled_tokens_per_second": statistics.median(
+                a / b for a, b in zip(labelled, seconds, strict=True)
+            ),
             "ratio": statistics.median(ratios),
             "ratios": ratios,
             "cpu_ratio": statistics.median(a / b for a, b in zip(own_cpu, cpu, strict=True)),
