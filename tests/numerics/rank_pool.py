@@ -85,9 +85,12 @@ class Pools:
 
 def _free_port() -> int:
     """Below the ports that the system hands out by itself: a rank that calls before rank 0 listens could else be
-    given the very port that it calls, and talk to itself."""
+    given the very port that it calls, and talk to itself. Not drawn from `random`: runs in the test's own process seed
+    it, so that two workers of pytest would draw the same ports, and each worker has a range of its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+    dice = random.SystemRandom()
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = 30_000 + 690 * worker + dice.randrange(690)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
