@@ -66,6 +66,13 @@ def test_a_sound_recipe_has_no_errors(make_recipe: MakeRecipe, found: Any, case:
     assert "measures loss" in text(findings, "evaluation")
 
 
+def test_what_computes_the_loss_is_told_and_measured(make_recipe: MakeRecipe, found: Any) -> None:
+    """A check that made whole logits would refuse runs for want of memory that they do not take."""
+    assert text(found(make_recipe("causal_lm")), "kernels").startswith("linear_cross_entropy: cpu: ")
+    told = text(found(make_recipe("causal_lm", kernels="reference")), "kernels")
+    assert told == "linear_cross_entropy: reference: the recipe asks for it"
+
+
 def test_packing_is_tried(make_recipe: MakeRecipe, found: Any) -> None:
     findings = found(make_recipe("causal_lm", data={"packing": True, "group_by_length": False}))
     assert errors(findings) == []

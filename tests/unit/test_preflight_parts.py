@@ -74,6 +74,10 @@ def test_weights_are_known_by_their_header(tmp_path: Path) -> None:
     # AdamW: 12 bytes a parameter in a checkpoint, 4 in final/; 10 steps, one save every 5, and the last
     assert least == 3 * (12_000_000 + 4) + 4_000_000
     assert most == 4 * (12_000_000 + 4) + 4_000_000
+    for precision, state in (("bf16_master", 12), ("bf16_stochastic", 4), ("bf16_kahan", 6)):
+        training = recipe.training.model_copy(update={"precision": precision})
+        least, _ = room(recipe.model_copy(update={"training": training}), tmp_path) or (0, 0)
+        assert least == (3 * (2 + state) + 2) * 1_000_000
     save_file({"w": torch.zeros(1000, 1000, dtype=torch.int32)}, model / "model.safetensors")
     assert model_digests(recipe, tmp_path) != before
 

@@ -317,9 +317,17 @@ def test_off_is_silent_but_for_warnings() -> None:
 def test_the_start_says_what_was_dropped_and_noted() -> None:
     err = console()
     data = {"train": {"rows": 90, "truncated": 2, "dropped": {"empty text": 8}}}
-    facts = {"engine": "ddp", "world_size": 2, "data": data, "notes": ["new weights: head"]}
+    kernels = {"linear_cross_entropy": "reference: no head", "sgd": "torch sgd"}
+    facts = {
+        "engine": "ddp",
+        "world_size": 2,
+        "data": data,
+        "notes": ["new weights: head"],
+        "kernels": kernels,
+    }
     ProgressDisplay("lines", console=err).on(started(resumed=7, **facts))
     shown = text(err)
+    assert "kernels linear_cross_entropy reference (no head), sgd torch sgd" in shown
     assert "resumed from step 7" in shown
     assert "ddp, world size 2" in shown
     assert "90 rows, 2 truncated, dropped: empty text 8" in shown

@@ -18,6 +18,8 @@ from tunesmith.data.stream import Stream
 from tunesmith.engine import Engine
 from tunesmith.errors import TunesmithError
 from tunesmith.evaluator import predict_rows
+from tunesmith.fused_head import FusedHead
+from tunesmith.fusing import choose_head, fuse_loss
 from tunesmith.generation import evaluate_generation
 from tunesmith.loss_scale import LossScale
 from tunesmith.memory import free_memory_bytes, peak_memory_bytes
@@ -25,6 +27,7 @@ from tunesmith.model import Loaded, load_model
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective
 from tunesmith.optim import Spec
+from tunesmith.planning.optimizers import BF16_STATE_BYTES
 from tunesmith.precision import choose, round_parameters
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.advice import close
@@ -74,14 +77,20 @@ def model_findings(
     yield from found
     if any(one.level == "error" for one in found):
         return
-    prepared = attempt("optim", lambda: _prepare(recipe, engine, loaded, objective))
-    if isinstance(prepared, Finding):
-        yield prepared
+    head = attempt("optim", lambda: _prepare(recipe, engine, loaded, objective))
+    if isinstance(head, Finding):
+        yield head
         return
     stream = attempt("data", lambda: build_stream(recipe, datasets["train"], objective))
     if isinstance(stream, Finding):
         yield stream
         return
+    # as a run does it: what is measured next is the loss that will be trained
+    kernels = attempt("kernels", lambda: fuse_loss(engine, stream, head))
+    if isinstance(kernels, Finding):
+        yield kernels
+        return
+    yield from (fine("kernels", f"{op}: {how}") for op, how in kernels.items())
     yield from _computed(recipe, run_dir, engine, stream, "eval" in datasets)
     if "eval" in datasets:
         yield from _metrics(recipe, engine, objective, datasets["eval"])
@@ -127,7 +136,8 @@ def _positions(model: Any, datasets: Mapping[str, Dataset]) -> Iterator[Finding]
 def _predicted_memory(recipe: Recipe, model: nn.Module, engine: Engine) -> Iterator[Finding]:
     """Gradients and optimizer state, and on an accelerator the weights: what is needed before any activation."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    needed = trained * (4 + _STATE_BYTES[recipe.optim.name])
+    state = BF16_STATE_BYTES.get(recipe.training.precision, _STATE_BYTES[recipe.optim.name])
+    needed = trained * (Spec.of(recipe).parameter_dtype.itemsize + state)
     if engine.device.type != "cpu":
         needed += sum(p.nbytes for p in model.parameters())
     free = free_memory_bytes(engine.device)
@@ -136,12 +146,14 @@ def _predicted_memory(recipe: Recipe, model: nn.Module, engine: Engine) -> Itera
         yield error("memory", text, "take a smaller model, or freeze a part of it", 3)
 
 
-def _prepare(recipe: Recipe, engine: Engine, loaded: Loaded, objective: Objective) -> None:
+def _prepare(recipe: Recipe, engine: Engine, loaded: Loaded, objective: Objective) -> FusedHead | str:
+    head = choose_head(recipe, loaded.model, objective)
     precision, _ = choose(recipe.training.precision, engine.device)
     module = TrainModule(loaded.model, objective, precision)
     spec = Spec.of(recipe)
     round_parameters(loaded.model, spec.parameter_dtype)
     engine.prepare(module, loaded.fill, spec)
+    return head
 
 
 def _computed(

@@ -13,6 +13,10 @@ _8BIT_FROM = (
 )
 _8BIT_BLOCK = 256  # elements that share one fp32 scale (blockwise quantisation, Dettmers et al. 2022)
 
+BF16_STATE_BYTES = {"bf16_master": 12, "bf16_stochastic": 4, "bf16_kahan": 6}
+"""Per element, of our AdamW on bf16 parameters: fp32 moments and master; moments in bf16; these and what rounding left
+out. By `training.precision`."""
+
 
 def state_bytes(settings: Optim, shapes: Sequence[tuple[int, ...]]) -> int:
     """Of the optimizer's state for fp32 tensors of these shapes; step counters (4 bytes each) included where the

@@ -170,13 +170,15 @@ def room(recipe: Recipe, base: Path) -> tuple[int, int] | None:
     """Bytes that the run's checkpoints and final/ take: at least and at most; None where the model's files do not say
     its parameters. At least: what is kept while one more is written, if so many are made; at most: the best one is
     kept besides."""
-    from tunesmith.planning.optimizers import state_bytes
+    from tunesmith.planning.optimizers import BF16_STATE_BYTES, state_bytes
 
     shapes = parameter_shapes(recipe, base)
     if not shapes:
         return None
-    weights = sum(map(prod, shapes)) * (2 if recipe.training.precision.startswith("bf16_") else 4)
-    state = state_bytes(recipe.optim, shapes)
+    numel, precision = sum(map(prod, shapes)), recipe.training.precision
+    weights = numel * (2 if precision.startswith("bf16_") else 4)
+    rounded = BF16_STATE_BYTES.get(precision)
+    state = state_bytes(recipe.optim, shapes) if rounded is None else rounded * numel
     kept = recipe.checkpoint.save_total_limit or 2
     saves = 1
     if isinstance(recipe.checkpoint.save_steps, int) and recipe.training.max_steps is not None:

@@ -89,6 +89,7 @@ def startup_lines(
             f"{facts['steps_per_epoch']:,} steps an epoch" if "steps_per_epoch" in facts else None,
         ],
     }
+    parts["kernels"] = [_kernel(op, how) for op, how in facts.get("kernels", {}).items()]
     for split, about in facts.get("data", {}).items():
         parts[split] = _rows(about)
     for name, values in parts.items():
@@ -96,6 +97,11 @@ def startup_lines(
             yield f"  {name:8}{', '.join(shown)}"
     for note in facts.get("notes", []):
         yield f"  note    {note}"
+
+
+def _kernel(op: str, how: str) -> str:
+    path, _, why = how.partition(": ")
+    return f"{op} {path} ({why})" if why else f"{op} {path}"
 
 
 def _rows(about: Mapping[str, Any]) -> list[object]:
