@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from tunesmith.recipe.base import Fraction, Positive, Section
+from tunesmith.recipe.base import Fraction, Positive, PositiveFloat, Section
+from tunesmith.recipe.quantization import Quantization
 
 
 class TrainTokenizer(Section):
@@ -19,7 +20,11 @@ class TrainTokenizer(Section):
 class Model(Section):
     """`model_name_or_path` is a local folder or a hub id, or `builtin:minilm` (the quickstart extra).
     With `init: from_config` the weights are random; `config` then gives (or overrides) the fields of the
-    model's `config.json`, `model_type` among them where there is no `model_name_or_path`."""
+    model's `config.json`, `model_type` among them where there is no `model_name_or_path`. `dropout` overrides every
+    dropout probability of the model, `drop_path` that of leaving out whole layers for a row (stochastic depth, Huang
+    et al. 2016); `neftune_noise_alpha` adds uniform noise of ±alpha/√(tokens × width) to the embeddings while it
+    trains (Jain et al. 2023). `quantization` holds the frozen base in few bits: nf4, fp4, int8, or with settings
+    `{type: nf4, …}`."""
 
     model_name_or_path: str | None = None
     revision: str | None = None
@@ -31,9 +36,16 @@ class Model(Section):
         "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "sdpa"
     dropout: Fraction | None = None
-    quantization: None = None
+    drop_path: Fraction | None = None
+    neftune_noise_alpha: PositiveFloat | None = None
+    quantization: Quantization | None = None
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _one_word(cls, value: Any) -> Any:
+        return {"type": value} if value in ("nf4", "fp4", "int8") else value
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Model:
