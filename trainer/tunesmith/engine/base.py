@@ -44,6 +44,9 @@ class Engine(Protocol):
     builds_empty: bool  # the model is built without weights, and filled once it is sharded
     sharded: bool  # no rank holds the whole model
     shards_optimizer: bool  # … or the whole optimizer state
+    rebuilt: frozenset[
+        str
+    ]  # of the model's state: what the model's files give again, and checkpoints leave out
     device: torch.device
     module: nn.Module  # what is called: the wrapped TrainModule
     train_module: TrainModule  # what was handed in
@@ -115,7 +118,8 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> State:
-        """The model's state by name: whole tensors, or where the engine shards, this rank's pieces."""
+        """The model's state by name, but what is `rebuilt`: whole tensors, or where the engine shards, this rank's
+        pieces."""
         ...
 
     def load_weights(self, saved: Saved) -> None:
@@ -123,7 +127,8 @@ class Engine(Protocol):
         ...
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """The whole model's state, on the CPU of rank 0; empty elsewhere. Called by all ranks."""
+        """The whole model's state, but what is `rebuilt`, on the CPU of rank 0; empty elsewhere. Called by all
+        ranks."""
         ...
 
     def optimizer_state(self) -> dict[str, State]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,11 +13,13 @@ from tunesmith.checkpoint.pieces import Piece, Saved, State
 from tunesmith.weights import place_of
 
 
-def pieces(model: nn.Module, rank: int, tensor_rank: int) -> State:
-    """What this rank, the `tensor_rank`-th of those that split its layers, saves of the model: its own slices, and on
-    rank 0 what every rank holds."""
+def pieces(model: nn.Module, rank: int, tensor_rank: int, kept: Callable[[str], bool]) -> State:
+    """What this rank, the `tensor_rank`-th of those that split its layers, saves of the entries of the model that are
+    `kept`: its own slices, and on rank 0 what every rank holds."""
     state: State = {}
     for name, tensor in model.state_dict().items():
+        if not kept(name):
+            continue
         if not isinstance(tensor, DTensor):
             if rank == 0:
                 state[name] = tensor
@@ -38,9 +40,11 @@ def _writes(tensor: DTensor, tensor_rank: int) -> bool:
 
 
 @torch.no_grad()
-def load(model: nn.Module, saved: Saved) -> None:
+def load(model: nn.Module, saved: Saved, kept: Callable[[str], bool]) -> None:
     """Into the model's own memory."""
     for name, tensor in model.state_dict().items():
+        if not kept(name):
+            continue
         if isinstance(tensor, DTensor):
             tensor.to_local().copy_(saved.box(*place_of(tensor), name))
         else:
@@ -48,11 +52,15 @@ def load(model: nn.Module, saved: Saved) -> None:
 
 
 @torch.no_grad()
-def gather(model: nn.Module, device: torch.device, rank: int) -> dict[str, Tensor]:
-    """The whole state on the CPU of rank 0, one tensor after the other; tied weights stay one tensor."""
+def gather(
+    model: nn.Module, device: torch.device, rank: int, kept: Callable[[str], bool]
+) -> dict[str, Tensor]:
+    """The whole state that is kept, on the CPU of rank 0, one tensor after the other; tied weights stay one tensor."""
     whole: dict[str, Tensor] = {}
     gathered: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if not kept(name):
+            continue
         if id(tensor) not in gathered:
             full = cast(DTensor, tensor.to(device)).full_tensor() if isinstance(tensor, DTensor) else tensor
             gathered[id(tensor)] = full.detach().cpu() if rank == 0 else torch.empty(0)

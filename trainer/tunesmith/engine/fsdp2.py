@@ -26,6 +26,7 @@ from tunesmith import optim, update
 from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Saved, State
 from tunesmith.engine import dtensor_state
+from tunesmith.engine.adopt import deal_weights, take_weights
 from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.engine.layers import transformer_layers
 from tunesmith.engine.ranks import RankedEngine
@@ -83,9 +84,14 @@ class FSDP2Engine(RankedEngine):
         if self.settings.sequence_parallel_size > 1:
             self._sequence = self._share_sequences(module)
         self._dtype = spec.parameter_dtype
+        whole = not any(p.is_meta for p in module.parameters())
+        taken = take_weights(module) if whole else {}
         self._shard(module)
         device = torch.device("cpu") if self.settings.offload else self.device
-        fill(device)
+        if whole:
+            deal_weights(module, taken, device, self.device)
+        else:
+            fill(device)
         # tells fully_shard of the weights that stand there now: it pads uneven slices, in memory of its own
         module.to(device)
         for part in module.modules():  # buffers are computed with, wherever the shards are
@@ -234,13 +240,13 @@ class FSDP2Engine(RankedEngine):
         self._unused = tuple(names)
 
     def weights(self) -> State:
-        return dtensor_state.pieces(self.train_module.model, self.rank, self._tensor_rank)
+        return dtensor_state.pieces(self.train_module.model, self.rank, self._tensor_rank, self._kept)
 
     def load_weights(self, saved: Saved) -> None:
-        dtensor_state.load(self.train_module.model, saved)
+        dtensor_state.load(self.train_module.model, saved, self._kept)
 
     def whole_weights(self) -> dict[str, Tensor]:
-        return dtensor_state.gather(self.train_module.model, self.device, self.rank)
+        return dtensor_state.gather(self.train_module.model, self.device, self.rank, self._kept)
 
     def _sharded_parameters(self) -> dict[str, DTensor]:
         return {

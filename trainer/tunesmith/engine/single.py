@@ -25,6 +25,7 @@ class SingleEngine:
     builds_empty = False
     sharded = False
     shards_optimizer = False
+    rebuilt: frozenset[str] = frozenset()
 
     def __init__(self, device: torch.device) -> None:
         self.rank = 0
@@ -108,15 +109,27 @@ class SingleEngine:
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(self._names[id(p)], p) for group in self.optimizer.param_groups for p in group["params"]]
 
+    def _kept(self, name: str) -> bool:
+        """Whether checkpoints hold this entry of the model's state. What a quantised weight needs lies below its
+        name."""
+        parts = name.split(".")
+        return not any(".".join(parts[:end]) in self.rebuilt for end in range(1, len(parts) + 1))
+
     def weights(self) -> State:
-        return dict(self.train_module.model.state_dict())
+        return {
+            name: value for name, value in self.train_module.model.state_dict().items() if self._kept(name)
+        }
 
     @torch.no_grad()
     def load_weights(self, saved: Saved) -> None:
-        self.train_module.model.load_state_dict({name: saved.whole(name) for name in saved.names()})
+        state = {name: saved.whole(name) for name in saved.names()}
+        found = self.train_module.model.load_state_dict(state, strict=not self.rebuilt)
+        missing = [name for name in found.missing_keys if self._kept(name)]
+        assert not missing, f"the checkpoint lacks {missing[:3]}"
+        assert not found.unexpected_keys, f"the checkpoint is of another model: {found.unexpected_keys[:3]}"
 
     def whole_weights(self) -> dict[str, Tensor]:
-        return dict(self.train_module.model.state_dict()) if self.rank == 0 else {}
+        return self.weights() if self.rank == 0 else {}
 
     def optimizer_state(self) -> dict[str, State]:
         return {

@@ -157,11 +157,13 @@ class ZeroEngine(RankedEngine):
     def weights(self) -> State:
         model = self.train_module.model
         if self.stage < 3:
-            return dict(model.state_dict())
+            return super().weights()
         state: State = dict(model.named_buffers()) if self.rank == 0 else {}
-        persistent = set(model.state_dict())
+        persistent = set(filter(self._kept, model.state_dict()))
         state = {name: value for name, value in state.items() if name in persistent}
         for name, parameter in model.named_parameters():
+            if not self._kept(name):
+                continue
             own = cast(Any, parameter)
             size = own.ds_tensor.ds_numel
             start, count = self.rank * size, min(size, own.ds_numel - self.rank * size)
@@ -178,7 +180,8 @@ class ZeroEngine(RankedEngine):
         else:
             import deepspeed
 
-            for name, parameter in model.named_parameters():
+            kept = [(name, p) for name, p in model.named_parameters() if self._kept(name)]
+            for name, parameter in kept:
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     if self.rank == 0:
                         parameter.data.copy_(saved.whole(name))
@@ -197,6 +200,8 @@ class ZeroEngine(RankedEngine):
         whole: dict[str, Tensor] = {}
         gathered: dict[int, Tensor] = {}  # tied weights stay one tensor
         for name, parameter in model.named_parameters(remove_duplicate=False):
+            if not self._kept(name):
+                continue
             if id(parameter) not in gathered:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     gathered[id(parameter)] = (
@@ -205,7 +210,7 @@ class ZeroEngine(RankedEngine):
             if self.rank == 0:
                 whole[name] = gathered[id(parameter)]
         if self.rank == 0:
-            persistent = set(model.state_dict())
+            persistent = set(filter(self._kept, model.state_dict()))
             whole |= {name: b.cpu() for name, b in model.named_buffers() if name in persistent}
         return whole
 
