@@ -382,3 +382,26 @@ def test_a_value_is_drawn_where_the_axis_says() -> None:
 )
 def test_short_numbers(value: float, shown: str) -> None:
     assert short(value) == shown
+
+
+def test_memory_is_a_table_with_the_measured_peak_beside_the_predicted_one(tmp_path: Path) -> None:
+    groups = [
+        {"tag": f"group {EVIL}", "parameters": 2_000, "trained_from": 0, "dtype": "float32"}
+        | {"learning_rate": 1e-4, "weight_decay": 0.01}
+        | {"weights": 8_000, "gradients": 8_000, "optimizer": 16_000},
+        {"tag": "sum", "parameters": 2_000, "weights": 8_000, "gradients": 8_000, "optimizer": 16_000},
+    ]
+    peak = {"bytes": 3 * 2**20, "moment": "head and loss", "parts": {"weights": 8_000}}
+    facts = {"groups": groups, "predicted_peak": peak, "engine": "single"}
+    (tmp_path / "environment.json").write_text(json.dumps({"facts": facts}), encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "epoch": 0.1, "loss": 1.0, "peak_memory_bytes": 4 * 2**20, "seconds": 1.0})
+        + "\n",
+        encoding="utf-8",
+    )
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert page.tags.count("table") == 1
+    assert f"group {EVIL}" in page.text
+    assert "predicted peak 3 MiB, head and loss: weights 7.81 KiB; measured 4 MiB" in page.text
+    assert "engine" in page.text  # the other facts stay where they are
+    assert "predicted peak" not in page.text.partition("What ran")[2].partition("Recipe")[0]

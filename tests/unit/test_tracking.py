@@ -28,7 +28,7 @@ from tunesmith.tracking.events import (
 )
 from tunesmith.tracking.metrics_file import MetricsFile, read
 from tunesmith.tracking.progress import ProgressDisplay, end_table, track
-from tunesmith.tracking.text import REDACTED, duration, number, redacted, size
+from tunesmith.tracking.text import REDACTED, duration, memory_lines, number, redacted, size
 
 KEYS = {
     "step",
@@ -332,6 +332,51 @@ def test_the_start_says_what_was_dropped_and_noted() -> None:
     assert "ddp, world size 2" in shown
     assert "90 rows, 2 truncated, dropped: empty text 8" in shown
     assert "new weights: head" in shown
+
+
+def memory_row(tag: str, **settings: Any) -> dict[str, Any]:
+    amounts = {"parameters": 1_000, "weights": 4_000, "gradients": 4_000, "optimizer": 8_004}
+    group = {"trained_from": 0, "dtype": "float32", "learning_rate": 3e-4, "weight_decay": 0.01}
+    return {"tag": tag} | amounts | group | settings
+
+
+def test_the_start_says_what_each_group_takes_in_columns() -> None:
+    frozen = {"trained_from": None, "dtype": "nf4", "learning_rate": None, "weight_decay": None}
+    groups = [
+        memory_row("decay"),
+        memory_row("layers 2-5", trained_from=120, learning_rate=1e-4),
+        memory_row("quantised", parameters=2_000_000, weights=1_000_000, gradients=0, optimizer=0, **frozen),
+        {
+            "tag": "sum",
+            "parameters": 2_002_000,
+            "weights": 1_008_000,
+            "gradients": 8_000,
+            "optimizer": 16_008,
+        },
+    ]
+    peak = {"bytes": 2**21, "moment": "backward of layer 3", "parts": {"weights": 1_008_000, "logits": 0}}
+    lines = list(memory_lines({"groups": groups, "predicted_peak": peak}))
+    assert [" ".join(line.split()) for line in lines[1:5]] == [
+        "decay 1,000 yes float32 0.0003 0.01 3.91 KiB 3.91 KiB 7.82 KiB",
+        "layers 2-5 1,000 from step 120 float32 0.0001 0.01 3.91 KiB 3.91 KiB 7.82 KiB",
+        "quantised 2,000,000 no nf4 977 KiB – –",
+        "sum 2,002,000 984 KiB 7.81 KiB 15.6 KiB",
+    ]
+    for heading, cell in (("trained", "from"), ("dtype", "float32"), ("weights", "3.91 KiB")):
+        at, of = lines[0].index(heading), lines[2].index(cell)
+        end = 0 if heading != "weights" else len(heading) - len(cell)  # numbers end where their heading does
+        assert at + end == of
+    assert lines[5] == "predicted peak 2 MiB, backward of layer 3: weights 984 KiB"
+    assert list(memory_lines({})) == []
+
+
+def test_many_groups_are_summed_up_into_a_dozen_lines() -> None:
+    groups = [memory_row(f"layer {i}") for i in range(20)]
+    total = {name: sum(row[name] for row in groups) for name in ("parameters", "weights", "gradients")}
+    shown = list(memory_lines({"groups": [*groups, {"tag": "sum", "optimizer": 160_080} | total]}))
+    assert len(shown) == 10
+    assert shown[8].split()[:3] == ["13", "more", "13,000"]
+    assert shown[9].split()[:2] == ["sum", "20,000"]
 
 
 def test_the_results_go_to_stdout_beside_the_baseline() -> None:

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from tunesmith.tracking.report_charts import Point, Series, confusion_chart, line_chart, smooth
+from tunesmith.tracking.report_facts import memory, what_ran
 from tunesmith.tracking.report_html import fact, html_table, panel, samples, score
 from tunesmith.tracking.text import duration, number, size
 
@@ -50,7 +51,12 @@ def body(run: Run) -> str:
     """All sections; one without content is left out."""
     sections = [_header(run), _cards(run), _results(run), _curves(run), _evaluations(run)]
     sections += [_tables(split, *found) for split, found in run.tables.items()]
-    sections += [_facts(run), _recipe(run), "<footer>Made by tunesmith from this run's folder.</footer>"]
+    sections += [
+        memory(run.environment, run.training),
+        what_ran(run.environment),
+        _recipe(run),
+        "<footer>Made by tunesmith from this run's folder.</footer>",
+    ]
     return "\n".join(section for section in sections if section)
 
 
@@ -271,23 +277,6 @@ def _classes(name: str, classes: Sequence[Mapping[str, Any]]) -> str:
     )
     opened = " open" if len(classes) <= 30 else ""
     return f"<details{opened}><summary>Per class: {escape(name)} ({len(classes)})</summary>{table}</details>"
-
-
-def _facts(run: Run) -> str:
-    facts = dict(run.environment.get("facts", {}))
-    parts = [
-        f"<h3>{escape(title)}</h3>{fact(found)}" for title, found in _groups(facts, run.environment) if found
-    ]
-    panels = "".join(f'<div class="panel">{part}</div>' for part in parts)
-    return f'<h2>What ran</h2><div class="grid2">{panels}</div>' if panels else ""
-
-
-def _groups(facts: dict[str, Any], environment: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield "Notes", facts.pop("notes", None)
-    for split, about in facts.pop("data", {}).items():
-        yield f"Rows of {split}", about
-    yield "Run", facts
-    yield "Machine and versions", {key: value for key, value in environment.items() if key != "facts"}
 
 
 def _recipe(run: Run) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _NAMES_SECRET = r"(?:token(?!iz)|key|secret|passw)"
@@ -12,6 +12,21 @@ _SECRET = re.compile(_NAMES_SECRET, re.IGNORECASE)
 _ASSIGNED = re.compile(rf"([\w.-]*{_NAMES_SECRET}[\w.-]*=)[^\s&]+", re.IGNORECASE)
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 REDACTED = "[redacted]"
+
+MOST_GROUPS = 8  # of the memory table that have a line of their own
+MEMORY_COLUMNS = (
+    "group",
+    "parameters",
+    "trained",
+    "dtype",
+    "learning rate",
+    "decay",
+    "weights",
+    "gradients",
+    "optimizer",
+)
+_WORDS = {0, 2, 3}  # columns of it that are words
+_AMOUNTS = ("parameters", "weights", "gradients", "optimizer")
 
 
 def redacted(value: Any, key: str = "") -> Any:
@@ -95,6 +110,8 @@ def startup_lines(
     for name, values in parts.items():
         if shown := [str(value) for value in values if value]:
             yield f"  {name:8}{', '.join(shown)}"
+    for place, line in enumerate(memory_lines(facts)):
+        yield f"  {'' if place else 'memory':8}{line}"
     for note in facts.get("notes", []):
         yield f"  note    {note}"
 
@@ -112,3 +129,65 @@ def _rows(about: Mapping[str, Any]) -> list[object]:
         elif isinstance(value, Mapping) and key in {"dropped", "changed"}:
             shown += [f"{key}: {reason} {count:,}" for reason, count in value.items()]
     return shown
+
+
+def memory_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """`facts["groups"]` are rows of `tunesmith.planning.groups.memory_table`, `facts["predicted_peak"]` that of
+    `tunesmith.planning.predict`. Nothing, where there are none."""
+    if rows := facts.get("groups"):
+        cells = [MEMORY_COLUMNS, *(memory_cells(row) for row in shortened(rows, MOST_GROUPS))]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(MEMORY_COLUMNS))]
+        for line in cells:
+            yield "  ".join(_padded(cell, widths[i], i) for i, cell in enumerate(line)).rstrip()
+    if peak := facts.get("predicted_peak"):
+        yield peak_line(peak)
+
+
+def _padded(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column in _WORDS else cell.rjust(width)
+
+
+def shortened(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """The first groups and their sum; the groups beyond `most` as one."""
+    *groups, total = rows
+    if len(groups) <= most:
+        return list(rows)
+    kept, rest = groups[: most - 1], groups[most - 1 :]
+    others: dict[str, Any] = {name: sum(row[name] for row in rest) for name in _AMOUNTS}
+    return [*kept, {"tag": f"{len(rest)} more"} | others, total]
+
+
+def memory_cells(row: Mapping[str, Any]) -> list[str]:
+    """One row as texts, in the order of `MEMORY_COLUMNS`."""
+    rate, decay = row.get("learning_rate"), row.get("weight_decay")
+    return [
+        str(row["tag"]),
+        f"{row['parameters']:,}",
+        _trained(row),
+        str(row.get("dtype") or ""),
+        "" if rate is None else f"{rate:.3g}",
+        "" if decay is None else f"{decay:.3g}",
+        *(size(row[name]) if row[name] else "–" for name in _AMOUNTS[1:]),
+    ]
+
+
+def _trained(row: Mapping[str, Any]) -> str:
+    if "trained_from" not in row:  # a sum
+        return ""
+    match row["trained_from"]:
+        case None:
+            return "no"
+        case 0:
+            return "yes"
+        case step:
+            return f"from step {step:,}"
+
+
+def peak_line(peak: Mapping[str, Any]) -> str:
+    """`predicted peak 1.2 GiB at the head and loss: …`"""
+    if peak.get("bytes") is None:
+        return f"no peak predicted: {peak.get('why')}"
+    before = peak.get("process_bytes", 0)
+    parts = [f"{name} {size(amount)}" for name, amount in peak.get("parts", {}).items() if amount]
+    parts += [f"the process without the model {size(before)}"] if before else []
+    return f"predicted peak {size(peak['bytes'])}, {peak['moment']}: {', '.join(parts)}"
