@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from tunesmith import quantization
 from tunesmith.errors import MissingExtra, UserError
 from tunesmith.objectives.base import Objective
 from tunesmith.recipe.model import Model, TrainTokenizer
@@ -104,10 +105,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def load_model(
-    settings: Model, base: Path, objective: Objective, tokenizer: Any, seed: int, *, empty: bool = False
+    settings: Model,
+    base: Path,
+    objective: Objective,
+    tokenizer: Any,
+    seed: int,
+    *,
+    empty: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Loaded:
     """The model with the objective's head, in fp32 on the CPU. New weights are drawn by `seed`. `empty`: on the meta
-    device, to be sharded; then `fill` loads."""
+    device, to be sharded; then `fill` loads. `compute_dtype`: what quantised layers compute in."""
     path = None if settings.model_name_or_path is None else resolve_path(settings.model_name_or_path, base)
     config = _config(settings, path, objective, tokenizer)
     loaded = Loaded(None)
@@ -115,7 +123,7 @@ def load_model(
         raise UserError(f"model.config: {type(config).__name__} has no {', '.join(unknown)}")
     if settings.dropout is not None:
         loaded.facts["dropout"] = override_dropout(config, settings.dropout)
-    source = _source(settings, path, config, objective, seed)
+    source = _source(settings, path, config, objective, seed, compute_dtype)
     if empty:
         loaded.model = _attempt(settings, objective, source.empty)
 
@@ -140,6 +148,7 @@ def load_model(
         loaded.notes.append("trust_remote_code: code that comes with the model runs in this process")
     total = sum(whole_numel(p) for p in loaded.model.parameters())
     attention = getattr(loaded.model.config, "_attn_implementation", "unknown")
+    loaded.facts |= quantization.facts(loaded.model)
     loaded.facts |= {
         "model_class": type(loaded.model).__name__,
         "parameters": total,
@@ -181,7 +190,16 @@ def _config_fields(config_class: Any) -> set[str]:
     return {*declared, *vars(config_class()), *config_class.attribute_map, "model_type"}
 
 
-def _source(settings: Model, path: str | None, config: Any, objective: Objective, seed: int) -> Source:
+def _source(
+    settings: Model,
+    path: str | None,
+    config: Any,
+    objective: Objective,
+    seed: int,
+    compute_dtype: torch.dtype,
+) -> Source:
+    if settings.quantization is not None:
+        quantization.require()
     return Source(
         objective.auto_class,
         config,
@@ -190,6 +208,8 @@ def _source(settings: Model, path: str | None, config: Any, objective: Objective
         settings.attn_implementation,
         settings.trust_remote_code,
         seed,
+        settings.quantization,
+        compute_dtype,
     )
 
 

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tunesmith import quantization
 from tunesmith.errors import UserError
+from tunesmith.recipe.quantization import Quantization
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model's weights come from: a folder or hub id, or with `path` None the seed alone."""
+    """Where a model's weights come from: a folder or hub id, or with `path` None the seed alone; and into how many bits
+    they go (`compute_dtype`: what quantised layers compute in where the recipe says auto)."""
 
     auto_class: Any
     config: Any
@@ -27,30 +30,63 @@ class Source:
     attn_implementation: str
     trust_remote_code: bool
     seed: int
+    quantization: Quantization | None = None
+    compute_dtype: torch.dtype = torch.float32
 
     def whole(self) -> tuple[Any, dict[str, Any]]:
-        """The model in fp32 on the CPU (or partitioned, where ZeRO-3 is active), and what loading it found: its
-        `missing_keys` and `unexpected_keys`."""
-        torch.manual_seed(self.seed)
+        """The model in fp32 on the CPU (or partitioned, where ZeRO-3 is active), its base quantised where that is
+        asked for, and what loading it found: its `missing_keys` and `unexpected_keys`."""
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise UserError(
+                "model.model_name_or_path: its weights are stored quantised: name the model that they were made "
+                "of, and set model.quantization"
+            )
+        if self.quantization is not None:
+            return self._quantized(self.quantization)
+        return self._read() if self.path is not None else (self._drawn(), {})
+
+    def _quantized(self, settings: Quantization) -> tuple[Any, dict[str, Any]]:
         if self.path is not None:
-            model, found = self.auto_class.from_pretrained(
-                self.path,
+            return quantization.load(self.empty(), settings, self.compute_dtype, self._read)
+        drawn = self._drawn()
+
+        def read(**options: Any) -> tuple[Any, dict[str, Any]]:
+            # transformers quantises what it loads: it is given what was drawn as if it came from files
+            return type(drawn).from_pretrained(
+                None,
                 config=self.config,
-                revision=self.revision,
+                state_dict=drawn.state_dict(),
                 attn_implementation=self.attn_implementation,
                 dtype=torch.float32,
-                trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                **options,
             )
-            # under ZeRO-3 transformers keeps all that it knows, and would save the names of years ago
-            model._weight_conversions = [one for one in model._weight_conversions if one.was_used()]
-            return model, found
-        return self._drawn(), {}
+
+        model, found = quantization.load(drawn, settings, self.compute_dtype, read)
+        assert not found["missing_keys"], found["missing_keys"]
+        return model, {}
+
+    def _read(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        torch.manual_seed(self.seed)
+        model, found = self.auto_class.from_pretrained(
+            self.path,
+            config=self.config,
+            revision=self.revision,
+            attn_implementation=self.attn_implementation,
+            dtype=torch.float32,
+            trust_remote_code=self.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+        # under ZeRO-3 transformers keeps all that it knows, and would save the names of years ago
+        model._weight_conversions = [one for one in model._weight_conversions if one.was_used()]
+        return model, found
 
     def _drawn(self) -> Any:
         from transformers import initialization
         from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+        torch.manual_seed(self.seed)
         if is_deepspeed_zero3_enabled():  # transformers partitions and draws module by module
             return self._from_config().float()
         with initialization.no_init_weights():
