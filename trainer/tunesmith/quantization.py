@@ -29,7 +29,7 @@ from tunesmith.quantized import (
     scales,
     stored_bytes,
 )
-from tunesmith.recipe.quantization import FourBit, Quantization, refusals
+from tunesmith.recipe.quantization import FourBit, Quantization
 
 
 def require() -> None:
@@ -220,7 +220,6 @@ __all__ = [
     "is_quantized",
     "is_quantized_parameter",
     "load",
-    "refusals",
     "refuse_trained",
     "require",
     "scales",

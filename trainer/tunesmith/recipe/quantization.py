@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunesmith.recipe import selectors
 from tunesmith.recipe.base import NonNegativeFloat, Section
-from tunesmith.recipe.faults import Problem
-
-if TYPE_CHECKING:
-    from tunesmith.recipe.root import Recipe
 
 
 class _Quantization(Section):
@@ -41,50 +35,3 @@ class EightBit(_Quantization):
 
 
 Quantization = Annotated[FourBit | EightBit, Field(discriminator="type")]
-
-_SHARDED = {
-    "zero3": "zero3 partitions parameters and leaves the scales of quantised weights behind: use zero2, or ddp",
-    "fsdp2": "fsdp2 shards parameters and leaves the scales of quantised weights behind: use ddp, or zero2",
-}
-_FROM_FLOATS = ("pissa", "olora", "loftq", "orthogonal")
-
-
-def refusals(recipe: Recipe) -> Iterator[Problem]:
-    """What excludes `model.quantization`: engines that cut the weights, and whatever would train or change them."""
-    quantization = recipe.model.quantization
-    if quantization is None:
-        return
-    key = ("model", "quantization")
-    if (reason := _SHARDED.get(recipe.parallel.strategy)) is not None:
-        yield Problem(key, reason)
-    yield from _trained(recipe, quantization.type)
-    for index, adapter in enumerate(recipe.trainable.adapters):
-        init = getattr(adapter, "init_lora_weights", None)
-        if isinstance(init, str) and init.startswith(_FROM_FLOATS):
-            yield Problem(
-                ("trainable", "adapters", index, "init_lora_weights"),
-                f"{init} computes with the base's floating-point weights, or rewrites them; model.quantization has "
-                f"{quantization.type}: use true or gaussian",
-            )
-
-
-def _trained(recipe: Recipe, kind: str) -> Iterator[Problem]:
-    trainable = recipe.trainable
-    if not trainable.adapters and not trainable.freeze and not trainable.unfreeze:
-        yield Problem(
-            ("model", "quantization"),
-            f"{kind} weights cannot be trained: add trainable.adapters, or freeze the backbone",
-        )
-    if not isinstance(trainable.unfreeze, list):
-        yield Problem(("trainable", "unfreeze"), f"reaches layers, whose weights are {kind}: use adapters")
-        return
-    for index, entry in enumerate(trainable.unfreeze):
-        names = [entry] if isinstance(entry, str) else entry.parameters or []
-        whole = [
-            n for n in names if n in {"all", "backbone"} or isinstance(selectors.parse(n), selectors.Layers)
-        ]
-        if whole or (not isinstance(entry, str) and entry.layers is not None):
-            yield Problem(
-                ("trainable", "unfreeze", index),
-                f"names weights that are {kind} and cannot be trained: name head, norms or biases, or use adapters",
-            )
