@@ -103,7 +103,9 @@ def built(
 ) -> torch.optim.Optimizer:
     module = nn.Module()
     module.weights = nn.ParameterList(parameters)
-    return optim.build(optim.Spec(settings, kernels or Kernels()), optim.parameter_groups(module, settings))
+    return optim.build(
+        optim.Spec(settings, kernels or Kernels()), optim.parameter_groups(module, optim.Spec(settings))
+    )
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 def test_groups_by_kind_of_parameter() -> None:
     model = Toy()
-    groups = optim.parameter_groups(model, SETTINGS[0])
+    groups = optim.parameter_groups(model, optim.Spec(SETTINGS[0]))
     by_tag = {group["tag"]: group for group in groups}
     assert by_tag["decay"]["names"] == ["embed.weight", "linear.weight"]
     assert by_tag["no_decay"]["names"] == [
@@ -161,7 +163,7 @@ def test_groups_of_real_architectures() -> None:
         T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=20)
     )
     for model in (bert, t5):
-        groups = {group["tag"]: group for group in optim.parameter_groups(model, SETTINGS[0])}
+        groups = {group["tag"]: group for group in optim.parameter_groups(model, optim.Spec(SETTINGS[0]))}
         names: list[str] = groups["decay"]["names"] + groups["no_decay"]["names"]
         assert sorted(names) == sorted(name for name, _ in model.named_parameters())
         assert any("embed" in name or "shared" in name for name in groups["decay"]["names"])
@@ -173,16 +175,16 @@ def test_groups_of_real_architectures() -> None:
 def test_an_empty_group_is_left_out_and_no_parameter_is_an_error() -> None:
     linear = nn.Linear(3, 3)
     linear.bias.requires_grad_(False)
-    assert [g["tag"] for g in optim.parameter_groups(linear, SETTINGS[0])] == ["decay"]
+    assert [g["tag"] for g in optim.parameter_groups(linear, optim.Spec(SETTINGS[0]))] == ["decay"]
     with pytest.raises(UserError, match="no parameter is left to train"):
-        optim.parameter_groups(linear.requires_grad_(False), SETTINGS[0])
+        optim.parameter_groups(linear.requires_grad_(False), optim.Spec(SETTINGS[0]))
 
 
 def test_learning_rates_follow_the_scale_of_each_group() -> None:
-    groups = optim.parameter_groups(nn.Linear(3, 3), SETTINGS[0])
+    groups = optim.parameter_groups(nn.Linear(3, 3), optim.Spec(SETTINGS[0]))
     groups[1]["lr_scale"] = 0.25
     optimizer = optim.build(optim.Spec(SETTINGS[0]), groups)
-    update.set_learning_rates(optimizer, 0.5)
+    update.set_learning_rates(optimizer, 0.5, 0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.125]
 
 
@@ -191,7 +193,7 @@ def test_learning_rates_follow_the_scale_of_each_group() -> None:
 
 @EVERY
 def test_every_setting_arrives(settings: recipe.Optim) -> None:
-    groups = optim.parameter_groups(nn.Linear(3, 3), settings)
+    groups = optim.parameter_groups(nn.Linear(3, 3), optim.Spec(settings))
     keys_before = [set(group) for group in groups]
     optimizer = optim.build(optim.Spec(settings), groups)
     assert [set(group) for group in groups] == keys_before, "the caller's groups were changed"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -25,6 +26,7 @@ from tunesmith.recipe.optim import (
     RMSprop,
 )
 from tunesmith.shapes import whole_shape
+from tunesmith.trainable.plan import Plan, places
 from tunesmith_kernels import adamw, adamw8bit
 from tunesmith_kernels.adamw.paths import path
 from tunesmith_kernels.adamw.tensors import Precision
@@ -39,21 +41,23 @@ _UPDATED: dict[str, Precision] = {
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What an optimizer is built from: the recipe's section, what computes it, and for bf16 parameters how they are
-    rounded, stochastically by `seed`."""
+    """What an optimizer is built from: the recipe's section, what computes it, for bf16 parameters how they are
+    rounded, stochastically by `seed`, and which parameters are trained when, and how fast."""
 
     settings: Optim
     kernels: Kernels = field(default_factory=Kernels)
     precision: Precision = "fp32"
     seed: int = 0
+    plan: Plan = field(default_factory=Plan)
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Spec:
+    def of(cls, recipe: Recipe, plan: Plan | None = None) -> Spec:
         return cls(
             recipe.optim,
             recipe.each_kernel,
             _UPDATED.get(recipe.training.precision, "fp32"),
             recipe.training.seed,
+            plan or Plan(),
         )
 
     @property
@@ -61,34 +65,59 @@ class Spec:
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
 
-def parameter_groups(module: nn.Module, settings: Optim) -> list[dict[str, Any]]:
-    """The trainable parameters of `module` in at most two groups for `build`, tagged "decay" and "no_decay".
+def parameter_groups(module: nn.Module, spec: Spec) -> list[dict[str, Any]]:
+    """The trainable parameters of `module` in groups for `build`: one for those that are trained from the same step
+    on, at the same rate, with the same warm-up, and alike decay or do not.
 
     Biases, the parameters of normalisation modules (whose class name contains "Norm") and all other
     parameters of fewer than two dimensions do not decay; embeddings do. A tied parameter is listed once,
     under its first name. A group has the keys `params`, `names` (as in `named_parameters`), `tag`, `lr`,
-    `lr_scale` (see `update.set_learning_rates`) and `weight_decay`; a group without parameters is left out.
+    `lr_scale`, `opens` and `warmup` (see `update.set_learning_rates`), `place` (the parts of the model, in words)
+    and `weight_decay`. Where all parameters are trained alike the tags are "decay" and "no_decay", else the place
+    comes first. Groups that are trained earlier come first, then in the order of `named_parameters`.
 
     To be called before an engine flattens the parameters: it goes by their whole shapes.
     Raises UserError if no parameter is trainable.
     """
-    members: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": []}
+    members: dict[tuple[int, float, int], dict[str, list[tuple[str, nn.Parameter]]]] = {}
     for name, parameter, decays in _trainable(module):
-        members["decay" if decays else "no_decay"].append((name, parameter))
-    if not any(members.values()):
+        trained = spec.plan.of(name)
+        kinds = members.setdefault(
+            (trained.opens, trained.factor, trained.warmup), {"decay": [], "no_decay": []}
+        )
+        kinds["decay" if decays else "no_decay"].append((name, parameter))
+    if not members:
         raise UserError("trainable: no parameter is left to train: freeze fewer, or unfreeze some")
+    tags = _place_tags(members, spec.plan)
+    settings = spec.settings
     return [
         {
             "params": [parameter for _, parameter in named],
             "names": [name for name, _ in named],
-            "tag": tag,
-            "lr": settings.learning_rate,
-            "lr_scale": 1.0,
-            "weight_decay": settings.weight_decay if tag == "decay" else 0.0,
+            "tag": kind if len(members) == 1 else f"{tags[key]}, {kind}",
+            "place": tags[key],
+            "lr": settings.learning_rate * key[1],
+            "lr_scale": key[1],
+            "opens": key[0],
+            "warmup": key[2],
+            "weight_decay": settings.weight_decay if kind == "decay" else 0.0,
         }
-        for tag, named in members.items()
+        for key, kinds in sorted(members.items(), key=lambda pair: pair[0][0])
+        for kind, named in kinds.items()
         if named
     ]
+
+
+def _place_tags(
+    members: Mapping[tuple[int, float, int], Mapping[str, list[tuple[str, nn.Parameter]]]], plan: Plan
+) -> dict[tuple[int, float, int], str]:
+    """What people call each; a learning rate is added where two lie in the same parts of the model."""
+    tags = {
+        key: places(plan.of(name).place for named in kinds.values() for name, _ in named)
+        for key, kinds in members.items()
+    }
+    alike = [tag for tag, times in Counter(tags.values()).items() if times > 1]
+    return {key: f"{tag} × {key[1]:g}" if tag in alike else tag for key, tag in tags.items()}
 
 
 def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:

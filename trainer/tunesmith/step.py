@@ -80,7 +80,7 @@ def train_step(
     broken = torch.maximum(broken, bad_loss if scale.enabled else torch.maximum(bad_loss, bad_norm))
     skip = torch.maximum(broken, bad_norm)
 
-    update.set_learning_rates(engine.optimizer, learning_rate)
+    update.set_learning_rates(engine.optimizer, learning_rate, step)
     engine.step(clip_coefficient(norm, max_grad_norm) / scale.value, skip)
     scale.update(bad_norm)
     return StepResult(total, norm, counts, broken, skip * scale.enabled)

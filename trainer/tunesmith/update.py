@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tunesmith.trainable.plan import warmed_up
+
 
 class _FusedOptimizer(Optimizer):
     """The two attributes that torch's fused optimizers read in `step`: GradScaler's side of a protocol that
@@ -20,11 +22,11 @@ class _FusedOptimizer(Optimizer):
     found_inf: Tensor
 
 
-def set_learning_rates(optimizer: Optimizer, lr: float) -> None:
-    """Gives every group `lr` × its `lr_scale`; to be done before every step, since loading a state may bring
-    others."""
+def set_learning_rates(optimizer: Optimizer, lr: float, step: int) -> None:
+    """Gives every group its rate at `step` (0-based): `lr` × its `lr_scale` × how far its own warm-up is, which takes
+    `warmup` steps from `opens` on. To be done before every step, since loading a state may bring others."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group["lr_scale"] * warmed_up(step, group["opens"], group["warmup"])
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def scaled(optimizer: Optimizer, coefficient: Tensor, skip: Tensor) -> Generator
             for parameter in parameters:  # one without a gradient is left alone
                 held.append((parameter, parameter.grad))
                 parameter.grad = None
-        elif factor != 1.0:
+        elif factor != 1.0 and parameters:
             grads = [p.grad for p in parameters]
             torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 

@@ -105,7 +105,7 @@ class FSDP2Engine(RankedEngine):
             for name, p in module.named_parameters()
             if p.requires_grad
         }
-        groups = optim.parameter_groups(module, spec.settings)
+        groups = optim.parameter_groups(module, spec)
         for group in groups:
             group["params"] = [self._locals[name] for name in group["names"]]
         self.optimizer = optim.build(spec, groups)

@@ -48,7 +48,7 @@ class SingleEngine:
     ) -> None:
         self.train_module = module.to(self.device)
         self.module = self._wrap(self.train_module)
-        self.optimizer = optim.build(spec, optim.parameter_groups(self.train_module, spec.settings))
+        self.optimizer = optim.build(spec, optim.parameter_groups(self.train_module, spec))
         self._names = {id(p): name for name, p in self.train_module.named_parameters()}
 
     def _wrap(self, module: TrainModule) -> nn.Module:

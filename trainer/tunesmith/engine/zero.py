@@ -68,7 +68,7 @@ class ZeroEngine(RankedEngine):
 
     def prepare(self, module: TrainModule, fill: Fill, spec: Spec) -> None:
         self.train_module = module
-        self.optimizer = optim.build(spec, optim.parameter_groups(module, spec.settings))
+        self.optimizer = optim.build(spec, optim.parameter_groups(module, spec))
         self._named = dict(module.named_parameters())
         self._engine: Any = self.accelerator.prepare(module, self.optimizer)[0]
         self.module = cast(nn.Module, self._engine)

@@ -28,15 +28,15 @@ Moment = (
 """0.2: a share of all steps; 100: optimizer steps; `1.5 epochs`."""
 
 
-def step_of(moment: int | float | str, total_steps: int, steps_per_epoch: int) -> int:
-    """The number of optimizer steps before it, rounded up. Decimals are taken as they are written: 0.07 of 100 steps
-    are 7."""
+def step_of(moment: int | float | str, total_steps: int, steps_per_epoch: int, times: int = 1) -> int:
+    """The number of optimizer steps before `times` × the moment, rounded up. Decimals are taken as they are written:
+    0.07 of 100 steps are 7."""
     match moment:
         case int():
-            return moment
+            return moment * times
         case float():
-            return ceil(Exact(str(moment)) * total_steps)
+            return ceil(Exact(str(moment)) * times * total_steps)
         case str():
             found = _EPOCHS.fullmatch(moment)
             assert found is not None, moment
-            return ceil(Exact(found[1]) * steps_per_epoch)
+            return ceil(Exact(found[1]) * times * steps_per_epoch)
