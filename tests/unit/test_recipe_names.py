@@ -14,7 +14,7 @@ from tunesmith.recipe.load import (
 )
 from tunesmith.recipe.names import KEYS, NOTES
 from tunesmith.recipe.shape import choices, settings
-from tunesmith.recipe.values import ROADMAP, VALUES
+from tunesmith.recipe.values import PHRASES, ROADMAP, VALUES
 
 SMALL = """\
 model: {model_name_or_path: m}
@@ -39,24 +39,35 @@ def lines_of(folder: Path, text: str, *overrides: str) -> list[str]:
     return str(caught.value).replace(f"{folder}/", "").splitlines()
 
 
+def holding(section: str, entry: str) -> str:
+    """SMALL with `entry` (`key: value`) in `section`."""
+    return {
+        "": f"{SMALL}{entry}\n",
+        "model": SMALL.replace("{model_name", f"{{{entry}, model_name"),
+        "model.quantization": SMALL.replace("{model_name", f"{{quantization: {{{entry}}}, model_name"),
+        "data": SMALL.replace("{train", f"{{{entry}, train"),
+        "data.train": SMALL.replace("{path", f"{{{entry}, path"),
+        "objective": SMALL.replace("{type", f"{{{entry}, type"),
+        "tracking.wandb": f"{SMALL}tracking: {{wandb: {{{entry}}}}}\n",
+        "trainable.head": f"{SMALL}trainable: {{head: {{{entry}}}}}\n",
+        "trainable.adapters": f"{SMALL}trainable: {{adapters: [{{{entry}}}]}}\n",
+        "trainable.unfreeze": f"{SMALL}trainable: {{unfreeze: {{{entry}}}}}\n",
+    }.get(section, f"{SMALL}{section}: {{{entry}}}\n")
+
+
 @pytest.mark.parametrize("name", [*KEYS, *NOTES])
 def test_another_tools_key_gets_advice_where_it_is_meant(name: str, tmp_path: Path) -> None:
     section, _, leaf = name.rpartition(".")
-    text = {
-        "": f"{SMALL}{leaf}: 1\n",
-        "model": SMALL.replace("{model_name", f"{{{leaf}: 1, model_name"),
-        "data": SMALL.replace("{train", f"{{{leaf}: 1, train"),
-        "data.train": SMALL.replace("{path", f"{{{leaf}: 1, path"),
-        "objective": SMALL.replace("{type", f"{{{leaf}: 1, type"),
-    }.get(section, f"{SMALL}{section}: {{{leaf}: 1}}\n")
+    tag = {"trainable.adapters": "type: lora, ", "trainable.unfreeze": "every: 3, "}.get(section, "")
+    text = holding(section, f"{tag}{leaf}: 1")
+    if name == "trainable.unfreeze.every":
+        text = f"{SMALL}trainable: {{unfreeze: [{{at: 1, layers: last 1, every: 1}}]}}\n"
     ours = KEYS.get(name)
     [line] = lines_of(tmp_path, text)
     if ours is None:
         assert line.endswith(f"{leaf}: {NOTES[name]}")
     else:
-        assert line.endswith(
-            (f"here it is {ours}", f"not available in this version; its place will be {ours}")
-        )
+        assert line.endswith(f"here it is {ours}")
 
 
 def test_the_tables_of_names_name_settings_of_ours() -> None:
@@ -78,14 +89,28 @@ def test_the_tables_of_names_name_settings_of_ours() -> None:
 def test_another_tools_value_is_an_error_that_names_ours(key: str, tmp_path: Path) -> None:
     section, _, leaf = key.rpartition(".")
     for value, ours in VALUES[key].items():
-        text = {
-            "model": SMALL.replace("{model_name", f"{{{leaf}: '{value}', model_name"),
-            "data": SMALL.replace("{train", f"{{{leaf}: '{value}', train"),
-            "data.train": SMALL.replace("format: classification", f"format: '{value}'"),
-            "objective": SMALL.replace("type: classification", f"type: '{value}'"),
-            "tracking.wandb": f"{SMALL}tracking: {{wandb: {{{leaf}: '{value}'}}}}\n",
-            "": f"{SMALL}{leaf}: '{value}'\n",
-        }.get(section, f"{SMALL}{section}: {{{leaf}: '{value}'}}\n")
-        messages = [line for line in lines_of(tmp_path, text) if f" {key}: " in line]
+        text = holding(section, f"{leaf}: '{value}'")
+        if key == "data.train.format":
+            text = SMALL.replace("format: classification", f"format: '{value}'")
+        elif key == "objective.type":
+            text = SMALL.replace("type: classification", f"type: '{value}'")
+        elif key == "model.quantization.compute_dtype":
+            text = holding(section, f"type: nf4, {leaf}: '{value}'")
+        messages = [line for line in lines_of(tmp_path, text) if f" {key}: " in line.replace(".0.", ".")]
         assert len(messages) == 1, value
         assert f"here '{value}' is {ours}" in messages[0] or f"{ours} is not available" in messages[0]
+
+
+@pytest.mark.parametrize("word", PHRASES["trainable.adapters.type"])
+def test_another_tools_method_is_an_error_that_writes_ours_out(word: str, tmp_path: Path) -> None:
+    text = PHRASES["trainable.adapters.type"][word].text
+    head = f"{SMALL}trainable: "
+    [line] = lines_of(tmp_path, f"{head}{{adapters: [{{type: {word}}}]}}\n")
+    assert line == f"r.yaml:4: trainable.adapters.0.type: here '{word}' is {text}"
+    [line] = lines_of(tmp_path, f"{head}{{adapters: [{word}]}}\n")
+    assert line.endswith(f"; write {text}")
+    settings, _, beside = text.partition("}")
+    [line] = lines_of(tmp_path, f"{head}{{adapters: {word}}}\n")
+    assert line.endswith(f"; write [{settings}}}]{beside}")
+    if not beside:
+        assert load(tmp_path, f"{head}{{adapters: [{text}]}}\n").trainable.adapters[0].type in settings

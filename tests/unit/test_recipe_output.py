@@ -51,6 +51,27 @@ ODD_TEXTS = ["off", "yes", "null", "~", "1e-4", "012", "2024-01-01", "true", "a:
              ".5", "\x85", "\u2028"]  # fmt: skip
 
 
+TRAINED: list[dict[str, Any]] = [
+    {"freeze": ["backbone"],
+     "unfreeze": ["norms", {"at": 0.2, "layers": "last 2"}, {"at": "1.5 epochs", "layers": "2-5"},
+                                          {"at": 100, "parameters": ["*.bias"], "warmup_steps": 3}]},
+    {"unfreeze": {"every": "1 epoch"}, "layer_lr_decay": 0.9},
+    {"learning_rates": {"head": 1e-3, "*.weight": 0}},
+    {"adapters": {"type": "lora", "r": 4, "target_modules": ["off", "1e-4"], "rank_pattern": {"a.*": 3}}},
+    {"adapters": [{"type": "lora", "init_lora_weights": False}, {"type": "existing", "path": "a: b", "name": "off"}]},
+    {"adapters": [{"type": "ia3", "target_modules": "x|y"}]},
+    {"adapters": [{"type": "prompt_tuning", "prompt_tuning_init_text": "yes"}]},
+    {"adapters": [{"type": "peft", "peft_type": "VERA", "config": {"r": 8, "d_initial": 0.1, "x": None}}]},
+    {"adapters": [{"type": "lora", "init_lora_weights": "pissa_niter_4"}]},
+]  # fmt: skip
+QUANTIZED: list[Any] = [
+    "nf4",
+    {"type": "fp4", "double_quant": False},
+    {"type": "int8", "skip_modules": ["off"]},
+    None,
+]
+
+
 def variants() -> list[dict[str, Any]]:
     """Recipes over all members of the tagged unions, with random settings and texts that YAML could misread."""
     chance = random.Random(0)
@@ -85,6 +106,14 @@ def variants() -> list[dict[str, Any]]:
             recipe["evaluation"] = {"early_stopping": {}, "metrics": [chance.choice(ODD_TEXTS)]}
         if pick in ("causal_lm", "sft") and chance.random() < 0.5:
             recipe["data"]["packing"] = True
+        recipe["trainable"] = chance.choice(TRAINED)
+        if "adapters" in recipe["trainable"]:
+            recipe["model"]["quantization"] = chance.choice(QUANTIZED)
+        if "prompt_tuning" in str(recipe["trainable"]):
+            recipe["data"]["packing"] = False
+        if pick == "classification" and chance.random() < 0.5:
+            recipe["trainable"] = {"head": {"hidden_layers": [8, 4], "pooling": "mean"}, "freeze": ["backbone"],
+                                   "cache_features": True}  # fmt: skip
         if chance.random() < 0.5:
             recipe["tracking"] = {
                 "wandb": {"mode": "offline", "project": chance.choice(ODD_TEXTS), "tags": ["a", "off"]}
@@ -117,6 +146,10 @@ def test_the_written_recipe_is_complete(tmp_path: Path) -> None:
             "evaluation.generate.",
             "model.tokenizer.",
             "kernels.",
+            "model.quantization.",
+            "trainable.adapters.",
+            "trainable.head.",
+            "trainable.unfreeze.",
         )
         tags = [tag for _, tag in owners]
         if not key.startswith(optional) and (
@@ -189,6 +222,9 @@ def test_the_schema_takes_what_loads() -> None:
         {"model": None}, {"foo": 1}, {"optim": {"name": "sgd", "betas": [0.9, 0.9]}}, {"training": {"max_steps": 0}},
         {"objective": {"type": "ner"}}, {"data": {"train": [{"path": "a"}]}}, {"kernels": True},
         {"checkpoint": {"save_steps": "x"}}, {"schedule": {"lr_scheduler_type": "step"}},
+        {"trainable": {"adapters": [{"type": "dora"}]}}, {"trainable": {"adapters": [{"type": "ia3", "r": 3}]}},
+        {"trainable": {"unfreeze": [{"layers": "last 2"}]}}, {"trainable": {"unfreeze": {"every": 1.5}}},
+        {"model": {"model_name_or_path": "m", "quantization": {"type": "int8", "double_quant": True}}},
         {"optim": {"betas": [0.9]}}, {"optim": {"betas": [0.9, 1.0]}}, {"training": {"seed": True}},
     ],
 )  # fmt: skip

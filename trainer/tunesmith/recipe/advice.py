@@ -4,9 +4,10 @@ takes."""
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -14,7 +15,7 @@ from tunesmith.recipe import names, values
 from tunesmith.recipe.faults import Path
 from tunesmith.recipe.names import plain
 from tunesmith.recipe.root import Recipe
-from tunesmith.recipe.shape import Spot, choices, inner_sections, settings, tags, takes_only_nothing
+from tunesmith.recipe.shape import Spot, inner_sections, settings, tags
 
 
 @cache
@@ -60,26 +61,9 @@ def show(value: object) -> str:
             return str(value)
 
 
-def _exists(ours: str) -> bool:
-    """Whether this version has the setting (`section.key`, or `section.key: value` with that value)."""
-    key, _, value = ours.partition(": ")
-    found = _settings().get(key)
-    if found is None or takes_only_nothing(found[0][0]):
-        return False
-    allowed = [word for info, _ in found for word in choices(info)]
-    word = value.partition(" ")[0]
-    return not (word.isidentifier() and allowed) or word in allowed
-
-
-def _refer(ours: str) -> str:
-    if _exists(ours):
-        return f"here it is {ours}"
-    return f"is not available in this version; its place will be {ours}"
-
-
 def _from_elsewhere(name: str) -> str | None:
     if name in names.KEYS:
-        return _refer(names.KEYS[name])
+        return f"here it is {names.KEYS[name]}"
     return names.NOTES.get(name)
 
 
@@ -89,10 +73,9 @@ def _whose(spot: Spot, leaf: str) -> str | None:
     if spot.union is None:
         return None
     owners = [tag for tag, section in tags(spot.union).items() if leaf in section.model_fields]
-    own = next(tag for tag, section in tags(spot.union).items() if section is spot.section)
     if not owners:
         return None
-    return f"{own} has no {leaf}; {listing(owners, 'and')} {'has' if len(owners) == 1 else 'have'} it"
+    return f"{spot.tag} has no {leaf}; {listing(owners, 'and')} {'has' if len(owners) == 1 else 'have'} it"
 
 
 def _places(leaf: str) -> list[str]:
@@ -129,6 +112,8 @@ def meant_word(path: Path, allowed: Sequence[str], value: object) -> str | None:
     """The allowed word that `value` was probably meant to be."""
     if value is None:
         return None
+    if phrase := values.PHRASES.get(generic(path), {}).get(plain(value)):
+        return phrase.tag
     meant = values.VALUES.get(generic(path), {}).get(plain(value))
     return meant if meant is not None and meant in allowed else close(value, allowed)
 
@@ -141,6 +126,8 @@ def wrong_choice(path: Path, allowed: Sequence[str], value: object) -> str:
             f"{show(value)} is how the file is written, which its name tells; format says what a row holds: "
             f"one of {', '.join(allowed)}"
         )
+    if phrase := values.PHRASES.get(key, {}).get(word):
+        return f"here {show(value)} is {phrase.text}"
     meant = values.VALUES.get(key, {}).get(word, word)
     if meant in allowed:
         return f"here {show(value)} is {meant}"
@@ -154,8 +141,12 @@ def wrong_choice(path: Path, allowed: Sequence[str], value: object) -> str:
 
 def hint(info: FieldInfo, path: Path, value: Any) -> str:
     """What a value of the wrong type was probably meant to be; empty where nothing is known."""
+    if isinstance(value, str) and (phrase := values.PHRASES.get(generic(path), {}).get(plain(value))):
+        return f"; write {phrase.text}"
     if inner := inner_sections(info):
-        return _section_hint(path, value, list(inner[0].model_fields))
+        meant = _section_hint(path, value, list(next(iter(inner)).model_fields))
+        in_list = get_origin(info.annotation) is list and meant.startswith("; write {")
+        return re.sub(r"\{.*?\}", r"[\g<0>]", meant, count=1) if in_list else meant
     if isinstance(value, str) and {info.annotation} & {int, float} and _number(value) is not None:
         return "; remove the quotes"
     if isinstance(value, str) and info.annotation is bool and value.lower() in {"yes", "on", "no", "off"}:
@@ -173,6 +164,8 @@ def _section_hint(path: Path, value: Any, keys: list[str]) -> str:
     key = generic(path)
     if isinstance(value, str) and key in values.SHORT:
         leaf = values.SHORT[key]
+        if phrase := values.PHRASES.get(f"{key}.{leaf}", {}).get(plain(value)):
+            return f"; write {phrase.text}"
         word = values.VALUES.get(f"{key}.{leaf}", {}).get(plain(value), value)
         rest = ", format: …" if leaf == "path" else ""
         return f"; write {{{leaf}: {word}{rest}}}"

@@ -22,6 +22,11 @@ class Problem:
         return ".".join(map(str, self.path))
 
 
+def problem_at(key: str, message: str) -> Problem:
+    """`key` as users write it: `data.train.0.format`."""
+    return Problem(tuple(int(part) if part.isdigit() else part for part in key.split(".")), message)
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One fault of a recipe. `line` is 1-based, None where the file as a whole is meant; `key` is the

@@ -19,7 +19,7 @@ import tunesmith
 from tunesmith.recipe import rules
 from tunesmith.recipe.advice import close
 from tunesmith.recipe.document import Document, read
-from tunesmith.recipe.faults import Fault, Problem, RecipeError
+from tunesmith.recipe.faults import Fault, Problem, RecipeError, problem_at
 from tunesmith.recipe.overrides import Override, apply, as_written, origin, parse
 from tunesmith.recipe.root import Recipe, with_default_tags
 from tunesmith.recipe.schema import json_schema
@@ -42,8 +42,7 @@ class Loaded:
     def place(self, key: str) -> str:
         """Where the setting `key` (dotted) comes from: `RECIPE:line`, or the override that gave it. For a
         default: the line of the section that it would stand in."""
-        path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        fault = _place(Problem(path, ""), self.document, self.overrides)
+        fault = _place(problem_at(key, ""), self.document, self.overrides)
         return f"override '{fault.override}'" if fault.override is not None else f"{self.source}:{fault.line}"
 
 

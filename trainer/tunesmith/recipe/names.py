@@ -24,9 +24,17 @@ _OURS = {
         eager_attention flex_attention attention_implementation _attn_implementation attention""",
     "model.gradient_checkpointing": """activation_checkpointing enable_activation_checkpointing
         use_gradient_checkpointing grad_checkpointing disable_gradient_checkpointing""",
-    "model.quantization": """load_in_4bit load_in_8bit quantization_bit quantization_config quant_bits
-        quant_method quantize bits double_quantization bnb_4bit_compute_dtype bnb_4bit_quant_type
-        bnb_4bit_use_double_quant bnb_config_kwargs""",
+    "model.quantization: {type: nf4}": """load_in_4bit quantization_bit quantization_config quant_bits
+        quant_method quantize bits bnb_4bit_quant_type bnb_config_kwargs quant_type""",
+    "model.quantization: {type: int8}": "load_in_8bit",
+    "model.quantization.compute_dtype": "bnb_4bit_compute_dtype quant_compute_dtype",
+    "model.quantization.double_quant": """double_quantization bnb_4bit_use_double_quant use_double_quant
+        use_nested_quant""",
+    "model.quantization.threshold": "llm_int8_threshold",
+    "model.quantization.skip_modules": "llm_int8_skip_modules modules_to_not_convert",
+    "model.neftune_noise_alpha": "noisy_embedding_alpha neftune_alpha neftune neft_alpha use_neft neftune_noise",
+    "model.drop_path": """drop_path_rate stochastic_depth stochastic_depth_prob layerdrop layer_drop
+        encoder_layerdrop decoder_layerdrop""",
     "model.dropout": """hidden_dropout hidden_dropout_prob attention_dropout attn_dropout attn_pdrop
         attention_probs_dropout_prob classifier_dropout dropout_rate""",
     "model.init: from_config": "train_from_scratch from_scratch random_init random_init_weights",
@@ -68,13 +76,64 @@ _OURS = {
     "objective.mlm_probability": "mlm_prob masking_probability mask_probability",
     "objective.max_target_length": "max_output_length max_completion_length val_max_target_length",
     "trainable.freeze": "freeze_layers freeze_modules freeze_parameters freeze_trainable_layers frozen",
+    "trainable.freeze: [backbone]": """freeze_backbone freeze_encoder freeze_base freeze_base_model
+        freeze_llm freeze_body train_head_only head_only linear_probe linear_probing""",
+    "trainable.freeze: [embeddings]": "freeze_embeddings freeze_embedding",
     "trainable.unfreeze": "unfrozen_parameters unfreeze_layers trainable_parameters trainable_layers",
+    "trainable.unfreeze: {every: 1 epoch}": """gradual_unfreezing gradual_unfreeze progressive_unfreezing
+        gradual""",
+    "trainable.unfreeze: [{at: 0.2, layers: last 2}]": """unfreeze_schedule unfreezing_schedule
+        unfreeze_strategy unfreeze_at unfreeze_at_epoch unfreeze_backbone_at_epoch freeze_epochs
+        freeze_schedule""",
+    "trainable.unfreeze.at": """trainable.unfreeze.step trainable.unfreeze.epoch trainable.unfreeze.when
+        trainable.unfreeze.start""",
     "trainable.layer_lr_decay": "layer_decay layerwise_lr_decay lr_layer_decay llrd layer_wise_lr_decay",
-    _LORA: """adapter finetuning_type tuner_type train_type use_peft peft peft_config lora lora_config qlora r
-        lora_r lora_rank lora_alpha lora_dropout lora_bias lora_target lora_target_modules lora_target_linear
-        lora_attn_modules lora_modules_to_save modules_to_save target_modules additional_target use_rslora
-        use_dora peft_use_rslora peft_use_dora apply_lora_to_mlp apply_lora_to_output loraplus_lr_ratio
-        init_lora_weights pissa_init lora_model_dir adapter_name_or_path""",
+    "trainable.learning_rates: {head: 1e-3}": """head_lr head_learning_rate classifier_lr
+        classifier_learning_rate lr_head""",
+    "trainable.learning_rates: {embeddings: 1e-5}": "embedding_learning_rate embedding_lr embeddings_lr",
+    "trainable.learning_rates: {…}": """lr_groups learning_rate_groups param_groups discriminative_lr
+        discriminative_learning_rates differential_lr lr_multipliers backbone_lr backbone_learning_rate
+        encoder_lr encoder_learning_rate decoder_lr decoder_learning_rate""",
+    "trainable.cache_features": "cache_backbone precompute_features precompute_embeddings cache_embeddings",
+    "trainable.head.hidden_layers": """head_hidden_layers head_hidden_sizes classifier_hidden_size
+        trainable.head.hidden_size trainable.head.hidden_sizes trainable.head.layers trainable.head.width""",
+    "trainable.head.pooling": "pooling_type pooling_mode pooling_strategy classifier_pooling trainable.head.pool",
+    _LORA: """adapter finetuning_type tuner_type train_type use_peft peft peft_config lora lora_config qlora
+        lora_r lora_rank lora_bias lora_target lora_target_modules lora_target_linear lora_attn_modules
+        lora_modules_to_save additional_target peft_use_rslora peft_use_dora apply_lora_to_mlp
+        apply_lora_to_output""",
+    "trainable.adapters: [{type: lora, init_lora_weights: pissa}]": "pissa_init",
+    "trainable.adapters: [{type: existing, path: …}]": """adapter_name_or_path lora_model_dir adapter_path
+        adapters_path""",
+    "trainable.adapters.type": "trainable.adapters.method trainable.adapters.adapter trainable.adapters.kind",
+    "trainable.adapters.r": """trainable.adapters.rank trainable.adapters.lora_r trainable.adapters.lora_rank
+        trainable.adapters.dim""",
+    "trainable.adapters.lora_alpha": "trainable.adapters.alpha trainable.adapters.scaling",
+    "trainable.adapters.lora_dropout": "trainable.adapters.dropout",
+    "trainable.adapters.bias": "trainable.adapters.lora_bias",
+    "trainable.adapters.target_modules": """trainable.adapters.lora_target trainable.adapters.targets
+        trainable.adapters.lora_target_modules trainable.adapters.target trainable.adapters.modules
+        trainable.adapters.lora_attn_modules""",
+    "trainable.adapters.target_modules: all-linear": """trainable.adapters.lora_target_linear
+        trainable.adapters.target_linear""",
+    "trainable.adapters.modules_to_save": """trainable.adapters.lora_modules_to_save
+        trainable.adapters.additional_target""",
+    "trainable.adapters.layers_to_transform": """trainable.adapters.layers trainable.adapters.lora_layers
+        trainable.adapters.peft_layers_to_transform""",
+    "trainable.adapters.use_dora": "trainable.adapters.dora trainable.adapters.peft_use_dora",
+    "trainable.adapters.use_rslora": """trainable.adapters.rslora trainable.adapters.peft_use_rslora
+        trainable.adapters.rs_lora""",
+    "trainable.adapters.init_lora_weights": """trainable.adapters.init trainable.adapters.init_weights
+        trainable.adapters.peft_init_lora_weights""",
+    "trainable.adapters.init_lora_weights: pissa": "trainable.adapters.pissa_init trainable.adapters.pissa",
+    "trainable.adapters.loraplus_lr_ratio": """trainable.adapters.loraplus trainable.adapters.lr_ratio
+        trainable.adapters.loraplus_ratio""",
+    "trainable.adapters.num_virtual_tokens": """trainable.adapters.num_tokens trainable.adapters.prompt_length
+        trainable.adapters.prefix_length trainable.adapters.pre_seq_len""",
+    "trainable.adapters.path": """trainable.adapters.adapter_path trainable.adapters.adapter_name_or_path
+        trainable.adapters.lora_model_dir""",
+    "trainable.adapters.name": "trainable.adapters.adapter_name",
+    "trainable.adapters.trainable": "trainable.adapters.is_trainable",
     "optim.name": "optimizer optimizer_name optimizer_type optim_type optim.type optim.optim",
     "optim.learning_rate": "lr base_lr max_lr peak_lr initial_lr",
     "optim.weight_decay": "wd weight_decay_rate l2",
@@ -95,7 +154,7 @@ _OURS = {
     "training.per_device_train_batch_size": """micro_batch_size micro_batch_size_per_gpu microbatch_size
         train_micro_batch_size_per_gpu per_gpu_train_batch_size per_device_batch_size device_batch_size
         device_train_microbatch_size local_batch_size""",
-    "training.precision": "dtype torch_dtype model_dtype mixed_precision compute_dtype amp half_precision",
+    "training.precision": "dtype torch_dtype model_dtype mixed_precision amp half_precision",
     "training.precision: bf16": "bf16 bfloat16 pure_bf16 bf16_full_eval",
     "training.precision: fp16": "fp16 float16 half fp16_full_eval",
     "training.torch_compile": "compile use_compile compile_model use_torch_compile",
@@ -177,10 +236,14 @@ _NOTES = {
         scheduler_kwargs""",
     "is no key here: the sections (model, data, objective, …) stand at the top level": """training_args
         training_arguments trainer trainer_args sft_config sft""",
-    _ABSENT: """neftune_noise_alpha noisy_embedding_alpha class_weights class_weight focal_loss focal_gamma
+    "stands in an entry of a list: write unfreeze: [{at: …, layers: …}]":
+        "trainable.unfreeze.at trainable.unfreeze.parameters",
+    "stands alone, in no list: write unfreeze: {every: …}": "trainable.unfreeze.every",
+    _ABSENT: """class_weights class_weight focal_loss focal_gamma
         streaming push_to_hub hub_model_id hub_strategy auto_find_batch_size tf32 fp8
         pipeline_parallel_size ema model_ema teacher_model_name_or_path kd_ratio mixup
-        galore_rank use_galore use_badam lisa_n_layers curriculum_sampling""",
+        galore_rank use_galore use_badam lisa_n_layers lisa_step_interval lisa_layers_attribute
+        lisa_activated_layers lisa_interval_steps curriculum_sampling""",
     _NEEDLESS: """dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers
         dataloader_pin_memory dataloader_prefetch_factor dataloader_drop_last num_workers plot_loss
         include_tokens_per_second include_num_input_tokens_seen logging_first_step logging_nan_inf_filter

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
-from tunesmith.recipe.faults import Problem
+from tunesmith.recipe import rules_trainable
+from tunesmith.recipe.faults import Problem, problem_at
 
 if TYPE_CHECKING:
     from tunesmith.recipe.root import Recipe
@@ -27,10 +28,6 @@ _FORMATS = {
 _SET_EVAL = "set data.eval or data.split.eval"
 
 
-def _problem(key: str, message: str) -> Problem:
-    return Problem(tuple(int(part) if part.isdigit() else part for part in key.split(".")), message)
-
-
 def _has_eval(recipe: Recipe) -> bool:
     data = recipe.data
     return bool(data.eval) or (data.split is not None and data.split.eval > 0)
@@ -43,7 +40,7 @@ def _has_test(recipe: Recipe) -> bool:
 
 def _packing(recipe: Recipe) -> Iterator[Problem]:
     if recipe.data.packing and recipe.objective.type not in _PACKABLE:
-        yield _problem(
+        yield problem_at(
             "data.packing", f"packs causal_lm and sft only; the objective is {recipe.objective.type}"
         )
 
@@ -51,13 +48,13 @@ def _packing(recipe: Recipe) -> Iterator[Problem]:
 def _group_by_length(recipe: Recipe) -> Iterator[Problem]:
     data = recipe.data
     if data.packing and data.group_by_length and "group_by_length" in data.model_fields_set:
-        yield _problem("data.group_by_length", "has no effect with packing: true")
+        yield problem_at("data.group_by_length", "has no effect with packing: true")
 
 
 def _split(recipe: Recipe) -> Iterator[Problem]:
     split = recipe.data.split
     if split is not None and split.eval == 0 and split.test == 0:
-        yield _problem("data.split", "takes no rows: set its eval or test")
+        yield problem_at("data.split", "takes no rows: set its eval or test")
 
 
 def _formats(recipe: Recipe) -> Iterator[Problem]:
@@ -65,7 +62,7 @@ def _formats(recipe: Recipe) -> Iterator[Problem]:
     for part in ("train", "eval", "test"):
         for index, source in enumerate(getattr(recipe.data, part)):
             if source.format not in allowed:
-                yield _problem(
+                yield problem_at(
                     f"data.{part}.{index}.format",
                     f"objective {recipe.objective.type} does not read {source.format}; it reads "
                     + ", ".join(sorted(allowed)),
@@ -75,7 +72,7 @@ def _formats(recipe: Recipe) -> Iterator[Problem]:
 def _doc_stride(recipe: Recipe) -> Iterator[Problem]:
     objective = recipe.objective
     if objective.type == "question_answering" and objective.doc_stride >= recipe.data.max_length:
-        yield _problem(
+        yield problem_at(
             "objective.doc_stride",
             f"must be below data.max_length ({recipe.data.max_length}), or the windows never move on",
         )
@@ -84,31 +81,33 @@ def _doc_stride(recipe: Recipe) -> Iterator[Problem]:
 def _masking(recipe: Recipe) -> Iterator[Problem]:
     objective = recipe.objective
     if objective.type == "masked_lm" and objective.mask_replace_prob + objective.random_replace_prob > 1:
-        yield _problem("objective.random_replace_prob", "with mask_replace_prob it must not exceed 1 in all")
+        yield problem_at(
+            "objective.random_replace_prob", "with mask_replace_prob it must not exceed 1 in all"
+        )
 
 
 def _regression(recipe: Recipe) -> Iterator[Problem]:
     objective = recipe.objective
     if objective.type == "classification" and objective.problem == "regression":
         if objective.label_smoothing_factor > 0:
-            yield _problem("objective.label_smoothing_factor", "has no effect with problem: regression")
+            yield problem_at("objective.label_smoothing_factor", "has no effect with problem: regression")
         if objective.labels is not None:
-            yield _problem("objective.labels", "has no effect with problem: regression")
+            yield problem_at("objective.labels", "has no effect with problem: regression")
 
 
 def _nesterov(recipe: Recipe) -> Iterator[Problem]:
     if recipe.optim.name == "sgd" and recipe.optim.nesterov and recipe.optim.momentum == 0:
-        yield _problem("optim.nesterov", "needs a momentum above 0")
+        yield problem_at("optim.nesterov", "needs a momentum above 0")
 
 
 def _plateau(recipe: Recipe) -> Iterator[Problem]:
     if recipe.schedule.lr_scheduler_type == "reduce_on_plateau":
         if not _has_eval(recipe):
-            yield _problem(
+            yield problem_at(
                 "schedule.lr_scheduler_type", f"reduce_on_plateau needs evaluation rows: {_SET_EVAL}"
             )
         elif recipe.evaluation.eval_steps is None:
-            yield _problem(
+            yield problem_at(
                 "schedule.lr_scheduler_type",
                 "reduce_on_plateau needs evaluations while it trains: set evaluation.eval_steps",
             )
@@ -116,7 +115,7 @@ def _plateau(recipe: Recipe) -> Iterator[Problem]:
 
 def _generate(recipe: Recipe) -> Iterator[Problem]:
     if recipe.evaluation.generate is not None and recipe.objective.type not in _GENERATING:
-        yield _problem("evaluation.generate", f"objective {recipe.objective.type} generates no text")
+        yield problem_at("evaluation.generate", f"objective {recipe.objective.type} generates no text")
 
 
 def _unevaluated(recipe: Recipe) -> Iterator[Problem]:
@@ -125,22 +124,22 @@ def _unevaluated(recipe: Recipe) -> Iterator[Problem]:
     if not _has_eval(recipe):
         needs_eval = ["eval_steps", "metric_for_best", "greater_is_better", "early_stopping"]
         for name in (name for name in needs_eval if name in given):
-            yield _problem(f"evaluation.{name}", f"has no effect without evaluation rows: {_SET_EVAL}")
+            yield problem_at(f"evaluation.{name}", f"has no effect without evaluation rows: {_SET_EVAL}")
         if not _has_test(recipe):
             needs_any = ["per_device_eval_batch_size", "metrics", "generate"]
             for name in (name for name in needs_any if name in given):
-                yield _problem(
+                yield problem_at(
                     f"evaluation.{name}", "has no effect without evaluation or test rows: set data.eval or "
                     "data.test"
                 )  # fmt: skip
     elif "greater_is_better" in given and evaluation.metric_for_best is None:
-        yield _problem("evaluation.greater_is_better", "has no effect without metric_for_best")
+        yield problem_at("evaluation.greater_is_better", "has no effect without metric_for_best")
 
 
 def _final(recipe: Recipe) -> Iterator[Problem]:
     checkpoint = recipe.checkpoint
     if checkpoint.final == "best" and "final" in checkpoint.model_fields_set and not _has_eval(recipe):
-        yield _problem("checkpoint.final", f"best needs evaluation rows: {_SET_EVAL}, or write last")
+        yield problem_at("checkpoint.final", f"best needs evaluation rows: {_SET_EVAL}, or write last")
 
 
 def _wandb(recipe: Recipe) -> Iterator[Problem]:
@@ -148,30 +147,26 @@ def _wandb(recipe: Recipe) -> Iterator[Problem]:
     if wandb.mode == "disabled":
         for name in ("project", "entity", "group", "tags"):
             if getattr(wandb, name):
-                yield _problem(f"tracking.wandb.{name}", "has no effect with mode: disabled")
+                yield problem_at(f"tracking.wandb.{name}", "has no effect with mode: disabled")
 
 
-Rule = Callable[["Recipe"], Iterator[Problem]]
-
-
-# each rule with the sections that it reads
 def _sharding(recipe: Recipe) -> Iterator[Problem]:
     strategy = recipe.parallel.strategy
     if strategy in {"auto", "single", "ddp"}:
         return
     match recipe.optim.name:
         case "adafactor":
-            yield _problem(
+            yield problem_at(
                 "optim.name", f"adafactor looks at whole matrices, which {strategy} cuts: use ddp or adamw"
             )
         case "adamw_8bit" | "lion_8bit" as name:
-            yield _problem(
+            yield problem_at(
                 "optim.name", f"{name} keeps its states in blocks, which {strategy} cuts: use ddp or adamw"
             )
         case _:
             pass
     if recipe.training.torch_compile and strategy == "zero3":
-        yield _problem(
+        yield problem_at(
             "training.torch_compile",
             "zero3 gathers the weights of every linear module in hooks, which no graph can hold: use fsdp2",
         )
@@ -183,19 +178,19 @@ def _parameters(recipe: Recipe) -> Iterator[Problem]:
         return
     key = "training.precision"
     if recipe.optim.name != "adamw":
-        yield _problem(
+        yield problem_at(
             key, f"{precision} is a way of adamw to update bf16 parameters; {recipe.optim.name} has none"
         )
     elif recipe.each_kernel.adamw == "reference":
-        yield _problem(key, f"{precision} is done by tunesmith's own adamw: leave kernels.adamw at auto")
+        yield problem_at(key, f"{precision} is done by tunesmith's own adamw: leave kernels.adamw at auto")
     parallel = recipe.parallel
     if parallel.strategy in {"zero1", "zero2", "zero3"}:
-        yield _problem(
+        yield problem_at(
             key,
             f"{precision} is not for {parallel.strategy}, which shards parameters of fp32: use bf16, or fsdp2",
         )
     elif parallel.strategy == "fsdp2" and parallel.tensor_parallel_size > 1 and precision != "bf16_master":
-        yield _problem(
+        yield problem_at(
             key,
             f"{precision} keys its rounding to whole rows, which tensor_parallel_size cuts: use bf16_master",
         )
@@ -207,19 +202,22 @@ def _sequence_parallel(recipe: Recipe) -> Iterator[Problem]:
         return
     key = "parallel.sequence_parallel_size"
     if recipe.objective.type not in _PACKABLE:
-        yield _problem(
+        yield problem_at(
             key, f"cuts the sequences of causal_lm and sft; the objective is {recipe.objective.type}"
         )
     if recipe.data.packing:
-        yield _problem(
+        yield problem_at(
             key, "and data.packing exclude each other: a packed sequence needs a mask of its whole square"
         )
     if parallel.tensor_parallel_size > 1:
-        yield _problem(key, "and tensor_parallel_size exclude each other: set one of them to 1")
+        yield problem_at(key, "and tensor_parallel_size exclude each other: set one of them to 1")
     if recipe.model.attn_implementation != "sdpa":
-        yield _problem(key, f"computes attention by sdpa, not by {recipe.model.attn_implementation}")
+        yield problem_at(key, f"computes attention by sdpa, not by {recipe.model.attn_implementation}")
 
 
+Rule = Callable[["Recipe"], Iterator[Problem]]
+
+# each rule with the sections that it reads
 _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"data", "objective"}, _packing),
     ({"data"}, _group_by_length),
@@ -237,6 +235,7 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"evaluation", "data"}, _unevaluated),
     ({"checkpoint", "data"}, _final),
     ({"tracking"}, _wandb),
+    *rules_trainable.RULES,
 )
 
 

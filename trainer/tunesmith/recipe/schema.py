@@ -7,8 +7,9 @@ import re
 from typing import Any
 
 from tunesmith.recipe.base import Section
+from tunesmith.recipe.model import Model
 from tunesmith.recipe.root import Recipe
-from tunesmith.recipe.shape import inner_sections
+from tunesmith.recipe.shape import inner_sections, tagged, tags
 
 
 def json_schema() -> dict[str, Any]:
@@ -24,7 +25,20 @@ def json_schema() -> dict[str, Any]:
         for key, prop in definition.get("properties", {}).items():
             if about := _about(key, text):
                 prop["description"] = about
+    _add_short_forms(schema["$defs"])
     return schema
+
+
+def _add_short_forms(definitions: dict[str, Any]) -> None:
+    """What validators that run before the models take too: one adapter without the list, one word for a whole
+    quantisation."""
+    adapters: dict[str, Any] = definitions["Trainable"]["properties"]["adapters"]
+    adapters["anyOf"] = [
+        {"type": adapters.pop("type"), "items": (item := adapters.pop("items"))},
+        item,
+    ]
+    quantization: dict[str, Any] = definitions["Model"]["properties"]["quantization"]
+    quantization["anyOf"].append({"enum": list(tags(tagged(Model.model_fields["quantization"])))})
 
 
 def _sections(section: type[Section]) -> list[type[Section]]:

@@ -3,15 +3,22 @@ words."""
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from tunesmith.recipe.base import Section
 from tunesmith.recipe.faults import Path
+from tunesmith.recipe.moments import Moment
+from tunesmith.recipe.selectors import WORDS, LayersText, SelectorText
+
+_LAYERS = FieldInfo.from_annotation(cast(Any, LayersText))
+_SELECTOR = FieldInfo.from_annotation(cast(Any, SelectorText))
+_MOMENT = cast(Any, Moment)
 
 
 def is_section(tp: object) -> bool:
@@ -27,7 +34,14 @@ def members(info: FieldInfo) -> list[FieldInfo]:
 
 
 def sections(info: FieldInfo) -> list[type[Section]]:
-    return [member.annotation for member in members(info) if is_section(member.annotation)]  # type: ignore[misc]
+    """The sections that may stand there themselves, those of a tagged union among them."""
+    found: list[Any] = []
+    for member in members(info):
+        if is_section(member.annotation):
+            found.append(member.annotation)
+        elif tags(member):
+            found += sections(member)
+    return found
 
 
 def choices(info: FieldInfo) -> list[str]:
@@ -42,22 +56,36 @@ def choices(info: FieldInfo) -> list[str]:
 
 def tags(info: FieldInfo) -> dict[str, type[Section]]:
     """The sections of a tagged union by tag; empty for anything else."""
-    if not isinstance(info.discriminator, str):
+    if not isinstance(name := info.discriminator, str):
         return {}
-    return {choices(section.model_fields[info.discriminator])[0]: section for section in sections(info)}
+    return {tag: section for section in sections(info) for tag in choices(section.model_fields[name])}
 
 
-def takes_only_nothing(info: FieldInfo) -> bool:
-    """A setting with a place but no effect yet: only `null` or the empty list is accepted."""
-    return info.annotation is types.NoneType or any(
-        getattr(m, "max_length", None) == 0 for m in info.metadata
-    )
+def tagged(info: FieldInfo) -> FieldInfo:
+    """The tagged union itself where `null` is its alternative; else `info`."""
+    return next((member for member in members(info) if tags(member)), info)
+
+
+def items_of(alternatives: list[FieldInfo]) -> set[object]:
+    """The types of the items, where one of the alternatives is a list."""
+    lists = [member for member in alternatives if get_origin(member.annotation) is list]
+    return {
+        kind.annotation
+        for member in lists
+        for kind in members(FieldInfo.from_annotation(get_args(member.annotation)[0]))
+    }
 
 
 def describe(info: FieldInfo) -> str:
     """What is accepted, in words: "a whole number above 0, epoch or null"."""
+    if info.annotation is _MOMENT:
+        return "a moment: 0.2 (of all steps), 100 (a step) or 1.5 epochs"
+    if info.metadata == _LAYERS.metadata:
+        return "layers: first 2, last 2, 3 or 2-5"
+    if info.metadata == _SELECTOR.metadata:
+        return f"parameters: {', '.join(WORDS)}, last 2 layers, layers 2-5 or a pattern on names"
     alternatives = members(info)
-    if len(alternatives) > 1:
+    if len(alternatives) > 1 and not tags(info):
         words = [describe(m) for m in sorted(alternatives, key=lambda m: m.annotation is types.NoneType)]
         words = list(dict.fromkeys(words))
         return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
@@ -70,12 +98,36 @@ def describe(info: FieldInfo) -> str:
         each = f"each {parts[0]}" if len(set(parts)) == 1 else ", then ".join(parts)
         return f"a list of {len(parts)}: {each}"
     if origin is list:
-        least = ", at least one" if any(getattr(m, "min_length", None) == 1 for m in info.metadata) else ""
-        return ("a list of strings" if args[0] is str else "a list of mappings") + least
+        least = " (at least one)" if any(getattr(m, "min_length", None) == 1 for m in info.metadata) else ""
+        return f"a list of {_plural(FieldInfo.from_annotation(args[0]))}{least}"
     if origin is int or origin is float:
         return ("a whole number" if origin is int else "a number") + _bounds(info)
-    names: dict[object, str] = {types.NoneType: "null", bool: "true or false", str: "a string"}
+    if origin is str:
+        return "a string" + _form(info)
+    names: dict[object, str] = {types.NoneType: "null", bool: "true or false"}
     return names.get(origin, "a mapping")
+
+
+def _form(info: FieldInfo) -> str:
+    for item in info.metadata:
+        if pattern := getattr(item, "pattern", None):
+            return f" of the form {pattern.removeprefix('^').removesuffix('$')}"
+        if getattr(item, "min_length", None) == 1:
+            return " that is not empty"
+    return ""
+
+
+def _plural(item: FieldInfo) -> str:
+    """What the items of a list are."""
+    if item.metadata == _SELECTOR.metadata:
+        return "parameters (backbone, last 2 layers, a pattern on names, …)"
+    if tags(item) or is_section(item.annotation):
+        return "mappings"
+    kinds = members(item)
+    if len(kinds) > 1:
+        return " or ".join(map(_plural, kinds))
+    names: dict[object, str] = {str: "strings", int: "whole numbers", float: "numbers"}
+    return names[item.annotation] + _bounds(item)
 
 
 def _bounds(info: FieldInfo) -> str:
@@ -95,13 +147,14 @@ def _bounds(info: FieldInfo) -> str:
 class Spot:
     """A place of the recipe: the way to it as the user wrote it, what is expected there (None: no such
     setting) and what stands there; for a setting of a section, that section, and the tagged union that it
-    is one of."""
+    is one of, with its tag."""
 
     path: Path
     info: FieldInfo | None
     value: Any
     section: type[Section]
     union: FieldInfo | None = None
+    tag: str = ""
 
 
 def locate(loc: Path, values: Any, root: type[Section]) -> Spot | None:
@@ -125,10 +178,10 @@ def _step(spot: Spot, info: FieldInfo, rest: list[str | int]) -> Spot | None:
         key = rest.pop(0)
         section: Any = annotation
         value = spot.value.get(key) if isinstance(spot.value, Mapping) else None
-        return Spot((*spot.path, key), section.model_fields.get(key), value, section, spot.union)
+        return Spot((*spot.path, key), section.model_fields.get(key), value, section, spot.union, spot.tag)
     if by_tag := tags(info):
         tag = str(rest.pop(0))
-        return replace(spot, info=FieldInfo.from_annotation(by_tag[tag]), union=info)
+        return replace(spot, info=FieldInfo.from_annotation(by_tag[tag]), union=info, tag=tag)
     if origin in (Union, types.UnionType):
         real = [member for member in members(info) if member.annotation is not types.NoneType]
         if len(real) == 1:
@@ -153,9 +206,11 @@ def _step(spot: Spot, info: FieldInfo, rest: list[str | int]) -> Spot | None:
 
 def _alternative(spot: Spot, real: list[FieldInfo], label: str) -> Spot | None:
     """pydantic reports every alternative of an untagged union: go on only in the one that the value looks
-    like, else stay and say what all of them are."""
+    like, else stay and say what all of them are. A validator stands around its alternative in `label`:
+    `function-after[check(), Later]`."""
     if isinstance(spot.value, Mapping | list):
         kind = Section if isinstance(spot.value, Mapping) else list
+        label = re.sub(r"^function-\w+\[\w+\(\), (.*)\]$", r"\1", label)
         for member in real:
             origin = get_origin(member.annotation) or member.annotation
             if isinstance(origin, type) and issubclass(origin, kind):
@@ -166,21 +221,27 @@ def _alternative(spot: Spot, real: list[FieldInfo], label: str) -> Spot | None:
 
 def settings(root: type[Section]) -> dict[str, list[tuple[FieldInfo, str | None]]]:
     """Every setting by its dotted name, list indices left out: what is expected there, once per section of a
-    tagged union, with its tag."""
+    tagged union, with its (first) tag."""
     found: dict[str, list[tuple[FieldInfo, str | None]]] = {}
 
     def visit(section: type[Section], prefix: str, tag: str | None) -> None:
         for name, info in section.model_fields.items():
             found.setdefault(prefix + name, []).append((info, tag))
-            names = {inner: tag for tag, inner in tags(info).items()}
-            for inner in inner_sections(info):
-                visit(inner, f"{prefix}{name}.", names.get(inner))
+            for inner, inner_tag in inner_sections(info).items():
+                visit(inner, f"{prefix}{name}.", inner_tag)
 
     visit(root, "", None)
     return found
 
 
-def inner_sections(info: FieldInfo) -> list[type[Section]]:
-    if get_origin(info.annotation) is list:
-        return sections(FieldInfo.from_annotation(get_args(info.annotation)[0]))
-    return sections(info)
+def inner_sections(info: FieldInfo) -> dict[type[Section], str | None]:
+    """The sections that may stand there or in a list there, each with its (first) tag where it has one."""
+    found: dict[type[Section], str | None] = {}
+    for member in [info] if tags(info) else members(info):
+        if get_origin(member.annotation) is list:
+            found |= inner_sections(FieldInfo.from_annotation(get_args(member.annotation)[0]))
+        elif by_tag := tags(member):
+            found |= {section: tag for tag, section in reversed(by_tag.items())}
+        elif is_section(member.annotation):
+            found[member.annotation] = None  # type: ignore[index]
+    return found

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast, get_origin
+from typing import Any, cast
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from tunesmith.recipe.advice import hint, meant_word, show, unknown_key, wrong_choice
+from tunesmith.recipe.advice import generic, hint, meant_word, show, unknown_key, wrong_choice
 from tunesmith.recipe.faults import Path, Problem
 from tunesmith.recipe.root import Recipe
-from tunesmith.recipe.shape import Spot, choices, describe, locate, members, tags, takes_only_nothing
+from tunesmith.recipe.shape import Spot, choices, describe, items_of, locate, members, tagged, tags
+from tunesmith.recipe.values import WORD_FOR_SECTION
 
 
 def translate(errors: Sequence[ErrorDetails], values: Mapping[str, Any]) -> list[Problem]:
@@ -31,18 +32,25 @@ def _behind_tag(error: ErrorDetails, spot: Spot, values: Mapping[str, Any]) -> l
     """pydantic looks no further where a tag is wrong: what else is wrong in the section that was meant."""
     if error["type"] != "union_tag_invalid" or spot.info is None:
         return []
-    assert len(spot.path) == 1, "tagged unions are top-level sections"
-    name = _tag_name(spot.info)
-    meant = meant_word((*spot.path, name), list(tags(spot.info)), spot.value[name])
+    name, loc = _tag_name(spot.info), error["loc"]
+    meant = meant_word((*spot.path, name), list(tags(tagged(spot.info))), spot.value[name])
     if meant is None:
         return []
-    section = str(spot.path[0])
-    corrected = {**values, section: {**spot.value, name: meant}}
+    corrected = _with(values, spot.path, {**spot.value, name: meant})
     try:
         Recipe.model_validate(corrected)
     except ValidationError as inner:
-        return translate([e for e in inner.errors() if e["loc"][:1] == (section,)], corrected)
+        return translate([e for e in inner.errors() if e["loc"][: len(loc)] == loc], corrected)
     return []
+
+
+def _with(holder: Any, path: Path, value: Any) -> Any:
+    """A copy of `holder` with `value` at `path`."""
+    if not path:
+        return value
+    copy = holder.copy()
+    copy[path[0]] = _with(holder[path[0]], path[1:], value)
+    return copy
 
 
 def _problem(error: ErrorDetails, spot: Spot) -> Problem:
@@ -56,16 +64,18 @@ def _problem(error: ErrorDetails, spot: Spot) -> Problem:
             words = choices(info)
             return Problem(path, f"is missing; it is one of {', '.join(words)}" if words else "is missing")
         case "union_tag_not_found":
-            return Problem((*path, _tag_name(info)), f"is missing; it is one of {', '.join(tags(info))}")
+            known = ", ".join(tags(tagged(info)))
+            return Problem((*path, _tag_name(info)), f"is missing; it is one of {known}")
         case "union_tag_invalid":
             name = _tag_name(info)
-            return Problem((*path, name), wrong_choice((*path, name), list(tags(info)), spot.value[name]))
+            allowed = list(tags(tagged(info)))
+            return Problem((*path, name), wrong_choice((*path, name), allowed, spot.value[name]))
         case _:
             return Problem(path, _must_be(path, info, spot.value))
 
 
 def _tag_name(info: FieldInfo) -> str:
-    return cast(str, info.discriminator)
+    return cast(str, tagged(info).discriminator)
 
 
 def _from_validator(path: Path, message: str) -> Problem:
@@ -76,13 +86,13 @@ def _from_validator(path: Path, message: str) -> Problem:
 
 
 def _must_be(path: Path, info: FieldInfo, value: Any) -> str:
-    if takes_only_nothing(info):
-        return "is not available in this version: leave it out"
     real = [member for member in members(info) if member.annotation is not type(None)]
     words = choices(info)
+    if generic(path) in WORD_FOR_SECTION and isinstance(value, str | int):
+        return wrong_choice((*path, _tag_name(info)), list(tags(tagged(info))), value)
     if words and len(real) == 1:
         return wrong_choice(path, words, value)
     meant = next((text for member in real if (text := hint(member, path, value))), "")
-    if not meant and isinstance(value, str) and get_origin(real[0].annotation) is list:
+    if not meant and type(value) in items_of(real):
         meant = f"; write [{value}]"
     return f"must be {describe(info)}, not {show(value)}{meant}"

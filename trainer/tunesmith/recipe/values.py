@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tunesmith.recipe.names import by_name, plain
 
 ROADMAP = {
@@ -11,6 +13,7 @@ ROADMAP = {
     "training.precision": {"fp8"},
     "objective.type": {"dpo", "orpo", "kto", "grpo", "reward", "ppo", "distillation", "embedding", "asr",
                        "image_classification"},
+    "model.quantization.type": {"gptq", "awq", "hqq", "aqlm", "eetq", "fp8", "mxfp4", "quanto", "torchao"},
 }  # fmt: skip
 """Values which this version may not have: they are told apart from mistakes. One that has arrived needs no
 change here: what the models accept is no fault."""
@@ -89,6 +92,30 @@ _VALUES = {
         "eager": "none math",
         "sdpa": "auto sdp torch",
     },
+    "model.quantization.type": {
+        "nf4": "4bit 4_bit bnb_4bit load_in_4bit int4 4 qlora",
+        "int8": "8bit 8_bit bnb_8bit load_in_8bit llm.int8 llm_int8 8",
+    },
+    "model.quantization.compute_dtype": {
+        "bf16": "bfloat16 torch.bfloat16",
+        "fp16": "float16 torch.float16 half",
+        "fp32": "float32 torch.float32 float",
+    },
+    "trainable.adapters.type": {
+        "ia3": "(ia)3 ia_3 (ia)^3",
+        "prompt_tuning": "prompt soft_prompt soft_prompts prompttuning",
+        "prefix_tuning": "prefix prefixtuning",
+        "p_tuning": "ptuning p_tuning_v1",
+        "existing": "resume continue pretrained",
+    },
+    "trainable.head.pooling": {
+        "cls": "first first_token cls_token bos",
+        "mean": "avg average mean_pooling",
+        "max": "max_pooling",
+        "last": "last_token eos eos_token",
+        "attention": "attn attentive weighted",
+    },
+    "trainable.head.activation": {"silu": "swish"},
     "model.init": {"from_config": "random scratch from_scratch", "pretrained": "from_pretrained"},
     "data.truncation": {"cut": "right truncate true", "drop": "delete raise discard"},
     "kernels": {"auto": "true on triton fused liger", "reference": "false off none torch"},
@@ -102,10 +129,52 @@ VALUES = {
 }
 """Setting → what others call its values (in `plain` form) → ours."""
 
+
+@dataclass(frozen=True, slots=True)
+class Phrase:
+    """What takes more than a word here: the tag that is meant, if any, and all that is to be written."""
+
+    tag: str | None
+    text: str
+
+
+_LORA_WITH = {
+    "use_dora: true": "dora",
+    "use_rslora: true": "rslora rs_lora",
+    "loraplus_lr_ratio: 16": "lora+ loraplus lora_plus",
+    "init_lora_weights: pissa": "pissa",
+    "init_lora_weights: olora": "olora",
+    "init_lora_weights: loftq": "loftq",
+}
+_OTHER_PEFT = """adalora adamss boft beft lily loha lokr oft poly ln_tuning vera frod pvera fourierft glora xlora hra
+    vblora unilora cpt miss randlora road hira shira c3a waveft osf delora gralora tinylora psoft"""
+
+PHRASES: dict[str, dict[str, Phrase]] = {
+    "trainable.unfreeze": {
+        name: Phrase(None, "{every: 1 epoch}")
+        for name in ("gradual", "gradually", "progressive", "chain_thaw")
+    },
+    "trainable.adapters.type": {
+        "qlora": Phrase("lora", "{type: lora}, with model.quantization: nf4"),
+        "llama_adapter": Phrase(None, "{type: peft, peft_type: ADAPTION_PROMPT}"),
+        "adaption_prompt": Phrase(None, "{type: peft, peft_type: ADAPTION_PROMPT}"),
+        **{
+            name: Phrase("lora", f"{{type: lora, {setting}}}")
+            for name, setting in by_name(_LORA_WITH).items()
+        },
+        **{name: Phrase(None, f"{{type: peft, peft_type: {name.upper()}}}") for name in _OTHER_PEFT.split()},
+    },
+}
+"""Setting → what others call its values (in `plain` form), where ours is more than a word."""
+
 FILE_KINDS = {"csv", "tsv", "json", "jsonl", "parquet", "txt", "arrow", "xlsx"}
 """What is often given as `format` of a source, which says what a row holds, not how the file is written."""
 
+WORD_FOR_SECTION = {"model.quantization"}
+"""Tagged unions that take the tag alone, in place of the section."""
+
 SHORT = {
+    "trainable.adapters": "type",
     "model": "model_name_or_path",
     "objective": "type",
     "optim": "name",
