@@ -146,8 +146,8 @@ _LORA_WITH = {
     "init_lora_weights: olora": "olora",
     "init_lora_weights: loftq": "loftq",
 }
-_OTHER_PEFT = """adalora adamss boft beft lily loha lokr oft poly ln_tuning vera frod pvera fourierft glora xlora hra
-    vblora unilora cpt miss randlora road hira shira c3a waveft osf delora gralora tinylora psoft"""
+_OTHER_PEFT = """adamss boft beft lily loha lokr oft ln_tuning vera frod pvera fourierft glora hra vblora
+    unilora miss randlora road hira shira c3a waveft osf delora gralora tinylora psoft"""
 
 PHRASES: dict[str, dict[str, Phrase]] = {
     "trainable.unfreeze": {
@@ -156,8 +156,6 @@ PHRASES: dict[str, dict[str, Phrase]] = {
     },
     "trainable.adapters.type": {
         "qlora": Phrase("lora", "{type: lora}, with model.quantization: nf4"),
-        "llama_adapter": Phrase(None, "{type: peft, peft_type: ADAPTION_PROMPT}"),
-        "adaption_prompt": Phrase(None, "{type: peft, peft_type: ADAPTION_PROMPT}"),
         **{
             name: Phrase("lora", f"{{type: lora, {setting}}}")
             for name, setting in by_name(_LORA_WITH).items()
