@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
 
+from tunesmith import quantization
+from tunesmith.adapters.save import save
 from tunesmith.engine import Engine
 from tunesmith.objectives import Objective
+from tunesmith.recipe import Recipe
 
 
 def stop_where_taught(model: Any, objective: Objective) -> None:
@@ -18,8 +22,9 @@ def stop_where_taught(model: Any, objective: Objective) -> None:
         model.generation_config.pad_token_id = objective.tokenizer.pad_token_id
 
 
-def export_final(engine: Engine, tokenizer: Any, run_dir: Path) -> Path:
-    """Writes model and tokenizer to `final/` (rank 0) and returns it. An older `final/` is replaced whole."""
+def export_final(engine: Engine, recipe: Recipe, tokenizer: Any, run_dir: Path) -> Path:
+    """Writes the model, or its adapters, and the tokenizer to `final/` (rank 0) and returns it. An older `final/` is
+    replaced whole."""
     final = run_dir / "final"
     whole = engine.whole_weights()
     if engine.rank == 0:
@@ -27,7 +32,13 @@ def export_final(engine: Engine, tokenizer: Any, run_dir: Path) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         model: Any = engine.train_module.model
         stop_where_taught(model, engine.train_module.objective)
-        model.save_pretrained(temporary, state_dict=whole)
+        if recipe.trainable.adapters:
+            save(model, temporary, whole)
+        elif recipe.model.quantization is not None:
+            # nobody else's loader knows which of its layers stayed as they were
+            quantization.dequantized(copy.deepcopy(model)).save_pretrained(temporary)
+        else:
+            model.save_pretrained(temporary, state_dict=whole)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.assemble import assemble
 from tunesmith.checkpoint.run_state import RunState, load_weights
 from tunesmith.checkpoint.state import Progress
 from tunesmith.compiling import compile_layers
@@ -22,15 +23,16 @@ from tunesmith.engine import Engine, build_engine
 from tunesmith.environment import git_commit, host, versions
 from tunesmith.errors import UserError
 from tunesmith.export import export_final
+from tunesmith.features import cache_features
 from tunesmith.fusing import choose_head, fuse_loss
 from tunesmith.loop import Loop
 from tunesmith.loss_scale import LossScale
-from tunesmith.model import load_model
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.optim import Spec, describe
 from tunesmith.precision import choose, round_parameters
 from tunesmith.preflight.agree import Preflight, agree
+from tunesmith.preflight.content import weights_digests
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import dump_recipe
@@ -45,7 +47,7 @@ from tunesmith.strategy import settle
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 from tunesmith.tracking.events import Evaluated, Message, RunEnded, RunStarted
 from tunesmith.tracking.tracker import Tracker
-from tunesmith.trainable import apply_trainable
+from tunesmith.trainable import counts, plan_trainable
 
 
 def run(recipe: Recipe, base: Path, how: Resume) -> None:
@@ -94,26 +96,35 @@ def _train(
         preflight.tables(datasets)
 
     # an engine that shards gets a model without weights, and loads each rank's part of them when it has sharded it
-    loaded = load_model(
-        recipe.model, base, objective, tokenizer, recipe.training.seed, empty=engine.builds_empty
-    )
-    spec = Spec.of(recipe)
-    round_parameters(loaded.model, spec.parameter_dtype)
-    # freezing before the optimizer, which takes only what is trained
-    trainable = apply_trainable(loaded.model, recipe.trainable)
-    # the head is looked at before the engine hangs hooks on it
-    head = choose_head(recipe, loaded.model, objective)
-    # compiled before the engine wraps: what it hangs on the layers stays outside their graphs
-    compiled = compile_layers(loaded.model) if recipe.training.torch_compile else 0
-    module = TrainModule(loaded.model, objective, precision)
-    engine.prepare(module, loaded.fill, spec)
-
+    built = assemble(recipe, base, objective, tokenizer, engine.device, empty=engine.builds_empty)
     stream = build_stream(recipe, datasets["train"], objective)
     total_steps = count_steps(recipe, stream)
+    # freezing before the optimizer, which takes only what is ever trained; moments need the number of steps
+    plan = plan_trainable(
+        built.model,
+        recipe.trainable,
+        recipe.optim.learning_rate,
+        total_steps,
+        stream.steps_per_epoch,
+        built.lr_scale,
+    )
+    spec = Spec.of(recipe, plan)
+    round_parameters(built.model, spec.parameter_dtype)
+    trainable = counts(built.model)
+    # the head is looked at before the engine hangs hooks on it
+    head = choose_head(recipe, built.model, objective)
+    # compiled before the engine wraps: what it hangs on the layers stays outside their graphs
+    compiled = compile_layers(built.model) if recipe.training.torch_compile else 0
+    module = TrainModule(built.model, objective, precision)
+    engine.rebuilt = built.rebuilt()
+    engine.prepare(module, built.fill, spec)
+
     # the fused loss before the probe, which runs what the training will run
     facts: dict[str, Any] = {
         "kernels": fuse_loss(engine, stream, head) | {recipe.optim.name: describe(spec, engine.device)}
     }
+    if recipe.trainable.cache_features:
+        facts |= cache_features(engine, recipe, objective, datasets)
     # the probe runs before the first reduced step: it finds the parameters that the loss does not use
     facts |= probe(engine, stream)
     if recipe.data.packing:
@@ -122,19 +133,20 @@ def _train(
     metric = best_metric(recipe, objective) if "eval" in datasets else None
     plateau = Plateau(recipe.schedule) if isinstance(recipe.schedule, ReduceOnPlateau) else None
     scale = LossScale(precision == "fp16", engine.device)
-    state = RunState(engine, Progress(), scale, plateau, {})
+    files = engine.broadcast(weights_digests(recipe, base) if engine.rebuilt and engine.rank == 0 else {})
+    state = RunState(engine, Progress(), scale, plateau, {}, files)
     if checkpoint is not None:
         state.load(checkpoint, recipe)
         tracker.load_state(state.extra)
 
-    facts |= engine.facts() | {"engine_why": engine_why} | loaded.facts | trainable
+    facts |= engine.facts() | {"engine_why": engine_why} | built.facts | trainable
     facts |= {"compiled_layers": compiled} if compiled else {}
     facts |= {"precision": precision, "precision_why": why, "total_steps": total_steps}
     facts |= batch_facts(recipe, stream, engine.data_size)
     facts |= {"data": {name: dataset.facts for name, dataset in datasets.items()}}
     facts |= {"preflight": preflight.facts} if preflight is not None else {}
     facts |= {
-        "notes": [*notes, *loaded.notes, *objective.notes()],
+        "notes": [*notes, *built.notes, *objective.notes(), *plan.notes],
         "startup_seconds": time.perf_counter() - started,
     }
     if engine.rank == 0:
@@ -153,7 +165,7 @@ def _train(
             assert best is not None
             load_weights(engine, run_dir / f"checkpoint-{best}")
             tracker.on(Message(f"final/ has the weights of step {best}, the best {metric[0]}", "info"))
-        final = export_final(engine, tokenizer, run_dir)
+        final = export_final(engine, recipe, tokenizer, run_dir)
         summary = _test(session, datasets, objective) | {"final": str(final), "best_step": best}
         summary["next"] = what_next(run_dir)
         tracker.on(RunEnded("done", reason, state.progress.step, summary))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class RunState:
     scale: LossScale
     plateau: Plateau | None
     extra: dict[str, Any]  # of observers: the W&B run id
+    base_files: dict[str, str] = field(default_factory=dict[str, str])
+    """Digests of the files whose weights the checkpoints leave out."""
 
     def save(
         self, run_dir: Path, recipe: Recipe, *, keep: int | None, protect: Collection[Path]
@@ -61,7 +63,7 @@ class RunState:
             self.progress.step,
             [write],
             recipe_sha256=mathematics_hash(recipe),
-            meta={},
+            meta={"base_files": dict(self.base_files)},
             group=self.engine,
             bytes_needed=sum(nbytes(state) for _, state in parts),
             keep=keep,
@@ -80,6 +82,11 @@ class RunState:
     def load(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
         """Restores everything, on every rank. Raises UserError where the recipe trains something else now."""
         refuse_other_recipe(checkpoint, recipe)
+        if checkpoint.manifest.meta.get("base_files", {}) != self.base_files:
+            raise UserError(
+                f"--resume: the weights in {recipe.model.model_name_or_path}, which {checkpoint.path.name} leaves out, "
+                "are not those that it was trained on: restore them, or start a new run under another run_name"
+            )
         load_weights(self.engine, checkpoint.path)
         self.engine.load_optimizer_state(Saved(checkpoint.path, OPTIMIZER))
         state = load_state(checkpoint.path / TRAINER)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.assemble import Assembled, assemble
 from tunesmith.batch import Batch
 from tunesmith.commands.findings import Finding, attempt, error, fine, from_exception, warning
 from tunesmith.data.prepare import Dataset
@@ -23,7 +24,6 @@ from tunesmith.fusing import choose_head, fuse_loss
 from tunesmith.generation import evaluate_generation
 from tunesmith.loss_scale import LossScale
 from tunesmith.memory import free_memory_bytes, peak_memory_bytes
-from tunesmith.model import Loaded, load_model
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective
 from tunesmith.optim import Spec
@@ -61,8 +61,7 @@ def model_findings(
     datasets: Mapping[str, Dataset],
 ) -> Iterator[Finding]:
     """Stops at the first error that leaves nothing to compute."""
-    seed = recipe.training.seed
-    loaded = attempt("model", lambda: load_model(recipe.model, base, objective, tokenizer, seed))
+    loaded = attempt("model", lambda: assemble(recipe, base, objective, tokenizer, engine.device))
     if isinstance(loaded, Finding):
         yield loaded
         return
@@ -71,7 +70,7 @@ def model_findings(
     if isinstance(frozen, Finding):
         yield frozen
         return
-    if recipe.trainable.freeze:
+    if frozen["trainable_parameters"] < frozen["total_parameters"]:
         yield fine("trainable", f"{frozen['trainable_parameters']:,} parameters are trained")
     found = [*_positions(loaded.model, datasets), *_predicted_memory(recipe, loaded.model, engine)]
     yield from found
@@ -96,7 +95,7 @@ def model_findings(
         yield from _metrics(recipe, engine, objective, datasets["eval"])
 
 
-def _about(loaded: Loaded, tokenizer: Any) -> Iterator[Finding]:
+def _about(loaded: Assembled, tokenizer: Any) -> Iterator[Finding]:
     facts, embeddings = loaded.facts, loaded.model.get_input_embeddings()
     yield fine(
         "model", f"{facts['model_class']}, {facts['parameters']:,} parameters, {facts['attn_implementation']}"
@@ -146,7 +145,7 @@ def _predicted_memory(recipe: Recipe, model: nn.Module, engine: Engine) -> Itera
         yield error("memory", text, "take a smaller model, or freeze a part of it", 3)
 
 
-def _prepare(recipe: Recipe, engine: Engine, loaded: Loaded, objective: Objective) -> FusedHead | str:
+def _prepare(recipe: Recipe, engine: Engine, loaded: Assembled, objective: Objective) -> FusedHead | str:
     head = choose_head(recipe, loaded.model, objective)
     precision, _ = choose(recipe.training.precision, engine.device)
     module = TrainModule(loaded.model, objective, precision)

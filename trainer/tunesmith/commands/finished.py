@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tunesmith.adapters.save import load as load_adapters
+from tunesmith.assemble import Assembled, assemble
 from tunesmith.checkpoint.run_state import load_weights
 from tunesmith.checkpoint.store import verify
 from tunesmith.engine import Engine, build_engine
 from tunesmith.errors import UserError
 from tunesmith.fusing import choose_head
-from tunesmith.model import Loaded, load_model, load_tokenizer
+from tunesmith.model import load_tokenizer
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.optim import Spec
@@ -57,16 +61,17 @@ def open_run(run_dir: Path, checkpoint: int | None = None) -> FinishedRun:
     tokenizer, recipe = _tokenizer(recipe, run_dir, final)
     objective = build_objective(recipe, tokenizer)
     objective.load_state(_objective_state(run_dir))
-    loaded = _model(recipe, run_dir, final, objective, tokenizer)
     # one process, whatever the run was spread over
     engine = build_engine(recipe.model_copy(update={"parallel": Single(strategy="single")}))
+    built = _model(recipe, run_dir, final, objective, tokenizer, engine.device)
     precision, _ = choose(recipe.training.precision, engine.device)
-    round_parameters(loaded.model, Spec.of(recipe).parameter_dtype)
-    module = TrainModule(loaded.model, objective, precision)
+    round_parameters(built.model, Spec.of(recipe).parameter_dtype)
+    module = TrainModule(built.model, objective, precision)
     if _was_fused(run_dir):  # the same arithmetic as the run's own evaluations
-        head = choose_head(recipe, loaded.model, objective)
+        head = choose_head(recipe, built.model, objective)
         module.fused_head = None if isinstance(head, str) else head
-    engine.prepare(module, loaded.fill, Spec(SGD(name="sgd")))  # which holds no state, and takes no step
+    engine.rebuilt = built.rebuilt()
+    engine.prepare(module, built.fill, Spec(SGD(name="sgd")))  # which holds no state, and takes no step
     if saved is not None:
         load_weights(engine, saved)
     engine.module.eval()
@@ -131,23 +136,34 @@ def _objective_state(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def _model(recipe: Recipe, run_dir: Path, final: Path, objective: Objective, tokenizer: Any) -> Loaded:
+def _model(
+    recipe: Recipe, run_dir: Path, final: Path, objective: Objective, tokenizer: Any, device: torch.device
+) -> Assembled:
     """The model of final/; where there is none yet, the one that the run began with, for a checkpoint to fill."""
-    seed = recipe.training.seed
+    calm = {"dropout": None, "drop_path": None, "neftune_noise_alpha": None, "gradient_checkpointing": False}
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=calm)})
     if not final.is_dir():
-        return load_model(recipe.model, run_dir, objective, tokenizer, seed)
+        return assemble(recipe, run_dir, objective, tokenizer, device)
+    if recipe.trainable.adapters:
+        built = assemble(recipe, run_dir, objective, tokenizer, device)
+        load_adapters(built.model, final)
+        return built
     changes = {
         "model_name_or_path": str(final),
         "init": "pretrained",
         "config": {},
         "revision": None,
-        "dropout": None,
-        "gradient_checkpointing": False,
+        "quantization": None,
     }
-    loaded = load_model(recipe.model.model_copy(update=changes), run_dir, objective, tokenizer, seed)
-    if new := loaded.facts.get("new_weights"):
+    sections = {
+        "model": recipe.model.model_copy(update=changes),
+        "trainable": recipe.trainable.model_copy(update={"head": None}),
+    }
+    recipe = recipe.model_copy(update=sections)
+    built = assemble(recipe, run_dir, objective, tokenizer, device)
+    if new := built.facts.get("new_weights"):
         raise UserError(f"{final} lacks weights of the model: {', '.join(new[:5])}")
-    return loaded
+    return built
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 """Digests of what a run is made of: recipe, data, model files, our own code, prepared tables. They are compared
-between nodes, never stored."""
+between nodes; only those of the weights that checkpoints leave out are stored, in these."""
 
 from __future__ import annotations
 
@@ -94,6 +94,21 @@ def model_digests(recipe: Recipe, base: Path) -> dict[str, str]:
         except (TunesmithError, OSError) as error:
             found[f"model.{key} {name}"] = f"cannot be read ({_brief(error)})"
     return found
+
+
+def weights_digests(recipe: Recipe, base: Path) -> dict[str, str]:
+    """The weight files of the model's folder and of the adapters that it continues from, by name, from their content
+    (blocks spread over a large one); nothing for hub ids. Raises OSError."""
+    name = recipe.model.model_name_or_path
+    folders = [] if name is None else [Path(resolve_path(name, base))]
+    folders += [Path(adapter.path) for adapter in recipe.trainable.adapters if adapter.path is not None]
+    return {
+        f"{folder.name}/{file.name}": digest_file(file, _SMALL)
+        for folder in folders
+        if folder.is_dir()
+        for file in sorted(folder.iterdir())
+        if file.suffix in _WEIGHTS
+    }
 
 
 def _digest_model_file(file: Path) -> str:

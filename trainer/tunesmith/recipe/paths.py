@@ -31,9 +31,16 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             if isinstance(value := getattr(recipe.model, name), str)
         }
     )
+    adapters = [
+        adapter.model_copy(update={"path": _model_path(adapter.path, "trainable.adapters.path", base)})
+        if adapter.path is not None
+        else adapter
+        for adapter in recipe.trainable.adapters
+    ]
     return recipe.model_copy(
         update={
             "model": model,
+            "trainable": recipe.trainable.model_copy(update={"adapters": adapters}),
             "data": data.model_copy(update={**splits, "cache_dir": cache}),
             "output_dir": _absolute(recipe.output_dir, "output_dir", Path.cwd()),
         }

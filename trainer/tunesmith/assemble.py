@@ -1,0 +1,95 @@
+"""The model of a run, put together: from its files, in few bits, with a head of its own, with adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.adapters.attach import attach
+from tunesmith.errors import UserError
+from tunesmith.model import load_model
+from tunesmith.module import AUTOCAST
+from tunesmith.objectives import Objective
+from tunesmith.precision import choose
+from tunesmith.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """`fill` gives weights to a model that was built without. `lr_scale`: factors on the learning rates of adapters'
+    parameters, by name. `from_files`: the ids of the parameters that the model's files give, as they are."""
+
+    model: Any
+    facts: dict[str, Any]
+    notes: list[str]
+    fill: Callable[[torch.device], None]
+    lr_scale: dict[str, float] = field(default_factory=dict[str, float])
+    from_files: frozenset[int] = frozenset()
+
+    def rebuilt(self) -> frozenset[str]:
+        """The names of the weights that the files give again, and that no step changes: a checkpoint need not hold
+        them. To be asked when it is settled what is trained."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return frozenset(name for name, p in named if id(p) in self.from_files and not p.requires_grad)
+
+
+def assemble(
+    recipe: Recipe,
+    base: Path,
+    objective: Objective,
+    tokenizer: Any,
+    device: torch.device,
+    *,
+    empty: bool = False,
+) -> Assembled:
+    """The recipe's model on the CPU. `empty`: on the meta device where its files alone fill it, to be sharded;
+    `device`: where it will be trained."""
+    settings, seed = recipe.trainable, recipe.training.seed
+    precision, _ = choose(recipe.training.precision, device)
+    whole = bool(settings.adapters) or settings.head is not None or recipe.model.quantization is not None
+    loaded = load_model(
+        recipe.model,
+        base,
+        objective,
+        tokenizer,
+        seed,
+        empty=empty and not whole,
+        compute_dtype=AUTOCAST.get(precision, torch.float32),
+    )
+    if settings.adapters and settings.unfreeze:
+        raise UserError(
+            "trainable.unfreeze: an adapter's folder cannot hold it: name the modules that are trained whole in the "
+            "adapter's modules_to_save"
+        )
+    if not settings.adapters:
+        return Assembled(loaded.model, loaded.facts, loaded.notes, loaded.fill)
+    from_files = _from_files(loaded.model, loaded.facts)
+    attached = attach(
+        loaded.model,
+        settings.adapters,
+        objective.auto_class.__name__,
+        base,
+        seed,
+        tokenizer=tokenizer,
+        new_weights=loaded.facts.get("new_weights", []),
+    )
+    return Assembled(
+        attached.model,
+        loaded.facts | attached.facts,
+        [*loaded.notes, *attached.notes],
+        loaded.fill,
+        attached.lr_scale,
+        frozenset() if attached.changes_base else from_files,
+    )
+
+
+def _from_files(model: nn.Module, facts: dict[str, Any]) -> frozenset[int]:
+    if facts["weights"].startswith("random"):
+        return frozenset()
+    drawn = set(facts.get("new_weights", []))
+    return frozenset(id(p) for name, p in model.named_parameters() if name not in drawn)
