@@ -62,10 +62,10 @@ format: install
 
 # A file's tests stay in one process, which may keep a pool of ranks for them.
 test: install
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not every_gpu'
 
 test-slow: install
-	$(PYTEST) -m slow
+	$(PYTEST) -m 'slow and not every_gpu'
 
 test-all: install
 	$(PYTEST)
