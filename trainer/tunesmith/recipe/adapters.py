@@ -5,18 +5,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from tunesmith.recipe.base import Fraction, NonNegative, Positive, PositiveFloat, Section
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+Names = Annotated[list[str], Field(min_length=1)]
 
 
 class _Adapter(Section):
     """`name` tells several adapters apart. `path` continues from an adapter's folder, whose settings then count: a
     setting given here must agree with them. `trainable: false` uses it as it is."""
 
-    name: str = "default"
+    name: Name = "default"
     path: str | None = None
     trainable: bool = True
+
+    @model_validator(mode="after")
+    def _is_trained_or_has_a_path(self) -> _Adapter:
+        if not self.trainable and self.path is None:
+            raise ValueError("trainable: false without path freezes an adapter that nothing has trained")
+        return self
 
 
 class _OnModules(_Adapter):
@@ -24,10 +33,18 @@ class _OnModules(_Adapter):
     expression on whole names; `layers_to_transform` restricts it to these layers, `exclude_modules` leaves modules
     out. `modules_to_save` are trained and saved whole, beside the head of a classifier, which always is."""
 
-    target_modules: Literal["all-linear"] | list[str] | str = "all-linear"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[NonNegative] | None = None
+    target_modules: Literal["all-linear"] | Names | str = "all-linear"
+    exclude_modules: Names | str | None = None
+    layers_to_transform: Annotated[list[NonNegative], Field(min_length=1)] | None = None
     modules_to_save: list[str] = Field(default_factory=list[str])
+
+
+def _is_initialisation(value: bool | str) -> bool | str:
+    known = {"gaussian", "pissa", "olora", "loftq", "orthogonal"}
+    steps = value.removeprefix("pissa_niter_") if isinstance(value, str) else ""
+    if isinstance(value, bool) or value in known or (value.startswith("pissa_niter_") and steps.isdecimal()):
+        return value
+    raise ValueError(f"there is no {value}; known: true, false, {', '.join(sorted(known))}, pissa_niter_N")
 
 
 class Lora(_OnModules):
@@ -45,10 +62,16 @@ class Lora(_OnModules):
     use_rslora: bool = False
     use_dora: bool = False
     loraplus_lr_ratio: PositiveFloat | None = None
-    init_lora_weights: bool | str = True
+    init_lora_weights: Annotated[bool | str, AfterValidator(_is_initialisation)] = True
     rank_pattern: dict[str, Positive] = Field(default_factory=dict[str, int])
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict[str, float])
     trainable_token_indices: list[NonNegative] | None = None
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Lora:
+        if self.loraplus_lr_ratio is not None and not self.trainable:
+            raise ValueError("loraplus_lr_ratio has no effect: trainable is false")
+        return self
 
 
 class IA3(_Adapter):
@@ -56,7 +79,7 @@ class IA3(_Adapter):
     those that PEFT knows for the architecture."""
 
     type: Literal["ia3"]
-    target_modules: list[str] | str | None = None
+    target_modules: Names | str | None = None
     feedforward_modules: list[str] | str | None = None
     modules_to_save: list[str] = Field(default_factory=list[str])
 
@@ -67,7 +90,7 @@ class PromptTuning(_Adapter):
 
     type: Literal["prompt_tuning"]
     num_virtual_tokens: Positive = 20
-    prompt_tuning_init_text: str | None = None
+    prompt_tuning_init_text: Annotated[str, StringConstraints(min_length=1)] | None = None
 
 
 class PrefixTuning(_Adapter):
@@ -79,9 +102,16 @@ class PrefixTuning(_Adapter):
     prefix_projection: bool = False
     encoder_hidden_size: Positive | None = None
 
+    @model_validator(mode="after")
+    def _has_effect(self) -> PrefixTuning:
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ValueError("encoder_hidden_size has no effect: prefix_projection is false")
+        return self
+
 
 class PTuning(_Adapter):
-    """Liu et al. 2021: virtual tokens that an encoder makes (`encoder_reparameterization_type`)."""
+    """Liu et al. 2021: virtual tokens that an encoder makes (`encoder_reparameterization_type`). An MLP has two hidden
+    layers and no dropout; `encoder_num_layers` and `encoder_dropout` are an LSTM's."""
 
     type: Literal["p_tuning"]
     num_virtual_tokens: Positive = 20
@@ -89,6 +119,18 @@ class PTuning(_Adapter):
     encoder_hidden_size: Positive | None = None
     encoder_num_layers: Positive = 2
     encoder_dropout: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> PTuning:
+        if self.encoder_reparameterization_type == "MLP" and (
+            self.encoder_num_layers != 2 or self.encoder_dropout
+        ):
+            raise ValueError("encoder_num_layers and encoder_dropout have no effect on an MLP: use LSTM")
+        if self.encoder_dropout and self.encoder_num_layers == 1:
+            raise ValueError(
+                "encoder_dropout has no effect: it stands between layers of the LSTM, which has 1"
+            )
+        return self
 
 
 class OtherPeft(_Adapter):
