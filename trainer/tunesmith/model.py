@@ -12,8 +12,12 @@ from torch import nn
 
 from tunesmith import quantization
 from tunesmith.errors import MissingExtra, UserError
+from tunesmith.heads.source import build, head_config
 from tunesmith.objectives.base import Objective
 from tunesmith.recipe.model import Model, TrainTokenizer
+from tunesmith.recipe.trainable import Head
+from tunesmith.regularize import attach, configure
+from tunesmith.regularize import override_dropout as override_dropout
 from tunesmith.shapes import whole_numel
 from tunesmith.weights import Source
 
@@ -113,16 +117,18 @@ def load_model(
     *,
     empty: bool = False,
     compute_dtype: torch.dtype = torch.float32,
+    head: Head | None = None,
 ) -> Loaded:
-    """The model with the objective's head, in fp32 on the CPU. New weights are drawn by `seed`. `empty`: on the meta
-    device, to be sharded; then `fill` loads. `compute_dtype`: what quantised layers compute in."""
+    """The model with the objective's head, or with `head` on its backbone, in fp32 on the CPU. New weights are drawn
+    by `seed`. `empty`: on the meta device, to be sharded; then `fill` loads; not with a `head`. `compute_dtype`: what
+    quantised layers compute in."""
+    assert not (empty and head is not None), "a model with a head of ours is built whole"
     path = None if settings.model_name_or_path is None else resolve_path(settings.model_name_or_path, base)
-    config = _config(settings, path, objective, tokenizer)
+    config = _config(settings, path, {} if head is not None else objective.config_overrides(), tokenizer)
     loaded = Loaded(None)
     if unknown := sorted(set(settings.config) - _config_fields(type(config))):
         raise UserError(f"model.config: {type(config).__name__} has no {', '.join(unknown)}")
-    if settings.dropout is not None:
-        loaded.facts["dropout"] = override_dropout(config, settings.dropout)
+    loaded.facts |= configure(config, settings)
     source = _source(settings, path, config, objective, seed, compute_dtype)
     if empty:
         loaded.model = _attempt(settings, objective, source.empty)
@@ -132,18 +138,21 @@ def load_model(
             _tell(loaded, source.path, found)
 
         loaded.fill = fill
+    elif head is not None:
+        whole = head_config(config, head, objective, settings.dropout)
+        loaded.model, found = _attempt(settings, objective, lambda: build(source, whole))
+        _tell(loaded, source.path, found)
+        loaded.facts["head"] = {
+            name.removeprefix("head_"): getattr(whole, name)
+            for name in ("head_hidden_layers", "head_activation", "head_dropout", "head_pooling")
+        }
     else:
         loaded.model, found = _attempt(settings, objective, source.whole)
         _tell(loaded, source.path, found)
     _fit_vocabulary(loaded, tokenizer)
+    loaded.facts |= attach(loaded.model, settings)
     if settings.gradient_checkpointing:
-        if not loaded.model.supports_gradient_checkpointing:
-            raise UserError(
-                f"model.gradient_checkpointing: {type(loaded.model).__name__} does not support it"
-            )
-        # transformers 5.2x renames it; the old name warns
-        enable = getattr(loaded.model, "activation_checkpointing_enable", None)
-        (enable or loaded.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        _checkpoint_activations(loaded.model)
     if settings.trust_remote_code:
         loaded.notes.append("trust_remote_code: code that comes with the model runs in this process")
     total = sum(whole_numel(p) for p in loaded.model.parameters())
@@ -157,13 +166,21 @@ def load_model(
     return loaded
 
 
-def _config(settings: Model, path: str | None, objective: Objective, tokenizer: Any) -> Any:
-    """The model's config with the recipe's and the objective's fields in it."""
+def _checkpoint_activations(model: Any) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"model.gradient_checkpointing: {type(model).__name__} does not support it")
+    # transformers 5.2x renames it; the old name warns
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _config(settings: Model, path: str | None, own: dict[str, Any], tokenizer: Any) -> Any:
+    """The model's config with the recipe's fields in it, and `own`, the objective's."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     fields = {name: value for name, value in settings.config.items() if name != "model_type"}
-    fields |= objective.config_overrides()
+    fields |= own
     if path is None:
         fields = {"vocab_size": len(tokenizer), **_special_ids(tokenizer), **fields}
         try:
@@ -251,20 +268,6 @@ def _fit_vocabulary(loaded: Loaded, tokenizer: Any) -> None:
             f"model.tokenizer: it has {len(tokenizer)} tokens, the model's embedding {embeddings.num_embeddings}: "
             "they do not belong together"
         )
-
-
-def override_dropout(config: Any, rate: float) -> dict[str, float]:
-    """Sets every dropout probability that the config has (text and nested configs) and returns their names."""
-    changed: dict[str, float] = {}
-    for name, value in list(vars(config).items()):
-        if "drop" in name.lower() and isinstance(value, int | float) and not isinstance(value, bool):
-            setattr(config, name, rate)
-            changed[name] = rate
-        elif hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            changed |= {f"{name}.{inner}": rate for inner in override_dropout(value, rate)}
-    if not changed:
-        raise UserError(f"model.dropout: {type(config).__name__} has no dropout to set")
-    return changed
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,10 +21,10 @@ class Model(Section):
     """`model_name_or_path` is a local folder or a hub id, or `builtin:minilm` (the quickstart extra).
     With `init: from_config` the weights are random; `config` then gives (or overrides) the fields of the
     model's `config.json`, `model_type` among them where there is no `model_name_or_path`. `dropout` overrides every
-    dropout probability of the model, `drop_path` that of leaving out whole layers for a row (stochastic depth, Huang
-    et al. 2016); `neftune_noise_alpha` adds uniform noise of ±alpha/√(tokens × width) to the embeddings while it
-    trains (Jain et al. 2023). `quantization` holds the frozen base in few bits: nf4, fp4, int8, or with settings
-    `{type: nf4, …}`."""
+    dropout probability of the model, `drop_path` that of leaving out a whole layer for a row, which rises with the
+    depth to this one at the last layer (stochastic depth, Huang et al. 2016); `neftune_noise_alpha` adds uniform noise
+    of ±alpha/√(tokens × width) to the embeddings while it trains (Jain et al. 2023). `quantization` holds
+    the frozen base in few bits: nf4, fp4, int8, or with settings `{type: nf4, …}`."""
 
     model_name_or_path: str | None = None
     revision: str | None = None
@@ -36,7 +36,7 @@ class Model(Section):
         "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "sdpa"
     dropout: Fraction | None = None
-    drop_path: Fraction | None = None
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     neftune_noise_alpha: PositiveFloat | None = None
     quantization: Quantization | None = None
     gradient_checkpointing: bool = False

@@ -40,13 +40,13 @@ class Gradual(Section):
 
 class Head(Section):
     """A head of our own on any backbone: `hidden_layers` gives the width of each hidden layer (none: linear), with
-    `activation` and `dropout` before every linear layer. `pooling` makes one vector of a row's tokens: the first
-    token, their mean, their maximum, the last one, or a learned weighting (attention); heads on every token take
-    none."""
+    `activation` behind it and `dropout` before every linear layer (null: `model.dropout`, else 0.1). `pooling` makes
+    one vector of a row's tokens: the first token, their mean (null), their maximum, the last one, or a learned
+    weighting (attention); heads on every token take none."""
 
     hidden_layers: list[Positive] = Field(default_factory=list[int])
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
-    dropout: Fraction = 0.1
+    dropout: Fraction | None = None
     pooling: Literal["cls", "mean", "max", "last", "attention"] | None = None
 
 

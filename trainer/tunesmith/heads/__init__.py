@@ -1,0 +1,1 @@
+"""A task head of our own on any backbone of transformers (`trainable.head`). Nothing heavy is imported here."""
