@@ -23,6 +23,7 @@ from tunesmith.schedules import Plateau, multiplier
 from tunesmith.step import StepResult, train_step
 from tunesmith.terms import Term
 from tunesmith.tracking.events import Evaluated, Event, Message, StepLogged, Stepped
+from tunesmith.trainable.plan import Plan
 
 MAX_OVERFLOWS = 50  # in a row: the loss scale is then below 2^-34 and no gradient survives
 
@@ -53,6 +54,8 @@ class Loop:
     services: Services
     metric: tuple[str, bool] | None  # what chooses the best, and whether greater is better
     plateau: Plateau | None = None
+    plan: Plan = field(default_factory=Plan)
+    _stage: int | None = None
     _window: list[StepResult] = field(default_factory=list[StepResult])
     _since: float = 0.0
 
@@ -72,6 +75,7 @@ class Loop:
         engine.module.train()
         while progress.step < self.total_steps:
             step = progress.step
+            self._open(step)
             batches = self.stream.batches(
                 step,
                 engine.data_rank,
@@ -112,6 +116,17 @@ class Loop:
             if due and (ended := self._after(step, due)):
                 return ended
         return "done"
+
+    def _open(self, step: int) -> None:
+        """What `step` trains, where that is not what the step before did: a pure function of the step, so that a
+        resumed run needs no state for it."""
+        if not self.plan.openings or (stage := self.plan.stage(step)) == self._stage:
+            return
+        self._stage = stage
+        self.engine.train_only(self.plan.trained_at(step))
+        self.engine.module.train()  # parts that are trained from here drop units again
+        if step in self.plan.openings:
+            self.services.emit(Message(self.plan.opening(step)))
 
     def _check(self, pending: tuple[int, Later]) -> bool:
         """Reads a step's flags; True where a rank was asked to stop. The flags come from sums over all ranks, so
@@ -180,7 +195,7 @@ class Loop:
                 tokens_per_second=counts[terms + 1] / max(seconds, 1e-9),
                 seconds=self.progress.train_seconds,
                 peak_memory_bytes=peak_memory_bytes(self.engine.device),
-                extra=self._fp16(),
+                extra=self._fp16() | self._rates(),
             )
         )
         self._window.clear()
@@ -190,6 +205,13 @@ class Loop:
         if not self.scale.enabled:
             return {}
         return {"loss_scale": float(self.scale.value), "overflows": self.progress.overflows}
+
+    def _rates(self) -> dict[str, float]:
+        """The learning rates of the last step, by part of the model, where there is more than one."""
+        groups = self.engine.optimizer.param_groups
+        if len({(group["lr_scale"], group["opens"], group["warmup"]) for group in groups}) == 1:
+            return {}
+        return {f"learning_rate/{group['place']}": group["lr"] for group in groups}
 
     def _evaluate(self, step: int) -> tuple[bool, str | None]:
         """(whether this is the best so far, why to end now)"""

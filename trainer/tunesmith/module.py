@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tunesmith.batch import Batch
 from tunesmith.fused_head import FusedHead
 from tunesmith.objectives.base import Objective
+from tunesmith.trainable.modes import settle_modes
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -59,6 +60,12 @@ class TrainModule(nn.Module):
         self.precision: Precision = precision
         self.untouched: tuple[str, ...] = ()
         self.fused_head: FusedHead | None = None
+
+    def train(self, mode: bool = True) -> TrainModule:
+        """Frozen parts of the model stay in evaluation mode: see `settle_modes`."""
+        super().train(mode)
+        settle_modes(self.model)
+        return self
 
     def forward(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,6 +74,12 @@ class Engine(Protocol):
     def leave_unused(self, names: Sequence[str]) -> None:
         """Tells of the trainable parameters that the loss does not depend on: on every engine their gradient is
         zero, so that a weight decay shrinks them everywhere alike."""
+        ...
+
+    def train_only(self, names: Collection[str]) -> None:
+        """From now on only these of the parameters that the optimizer was built for are trained; the others get no
+        gradient, no update and no optimizer state, as if they were frozen. The parameters of a group of
+        `optim.parameter_groups` go together. Called by all ranks alike, between steps."""
         ...
 
     def forward(self, batch: Batch, mode: str, normalizers: Tensor | None = None, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
@@ -49,6 +50,16 @@ class DDPEngine(RankedEngine):
         if any(p.dtype == torch.bfloat16 for p in module.parameters() if p.requires_grad):
             wrapped.register_comm_hook(None, _mean_in_fp32)
         return wrapped
+
+    def train_only(self, names: Collection[str]) -> None:
+        super().train_only(names)
+        # DDP waits for the gradients of the parameters that required one when it was made, and of no others. The old
+        # one's hooks would be called in every backward for as long as anything holds it.
+        old = vars(self).pop("module")
+        old._remove_autograd_hooks()
+        self.accelerator.free_memory(old)
+        del old
+        self.module = self._wrap(self.train_module)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else cast(DistributedDataParallel, self.module).no_sync()

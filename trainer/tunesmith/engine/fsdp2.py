@@ -4,7 +4,7 @@ whole layers exist only while they are computed."""
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
@@ -65,6 +65,7 @@ class FSDP2Engine(RankedEngine):
         self._take_places(device)
         self.settings = settings
         self._unused: tuple[str, ...] = ()
+        self._trained: Collection[str] | None = None  # of those that are ever trained; None: all
         self._split = 0  # parameters that tensor parallelism cuts
         self.mesh, self.tensor_mesh = _mesh(device_type, self.world_size, settings)
         tensor_size, sequence_size = settings.tensor_parallel_size, settings.sequence_parallel_size
@@ -223,7 +224,8 @@ class FSDP2Engine(RankedEngine):
         for name, _, gradient in self._gradients():
             self._locals[name].grad = gradient
         for name in self._unused:
-            self._locals[name].grad = torch.zeros_like(self._locals[name])
+            if self._trained is None or name in self._trained:
+                self._locals[name].grad = torch.zeros_like(self._locals[name])
         update.step(self.optimizer, coefficient.to(device), skip.to(device))
         self.optimizer.zero_grad(set_to_none=True)
         self.train_module.zero_grad(set_to_none=True)
@@ -238,6 +240,12 @@ class FSDP2Engine(RankedEngine):
 
     def leave_unused(self, names: Sequence[str]) -> None:
         self._unused = tuple(names)
+
+    def train_only(self, names: Collection[str]) -> None:
+        # torch gives what a layer gathers the flags of its shards
+        for name, parameter in self._sharded_parameters().items():
+            parameter.requires_grad_(name in names)
+        self._trained = frozenset(names)
 
     def weights(self) -> State:
         return dtensor_state.pieces(self.train_module.model, self.rank, self._tensor_rank, self._kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -82,6 +82,10 @@ class SingleEngine:
     def leave_unused(self, names: Sequence[str]) -> None:
         # DDP waits for the gradient of every parameter: the module gives these a zero one
         self.train_module.untouched = tuple(names)
+
+    def train_only(self, names: Collection[str]) -> None:
+        for name, parameter in self._parameters():
+            parameter.requires_grad_(name in names)
 
     def gradient_square_sum(self) -> Tensor:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]

@@ -8,7 +8,7 @@ suppression of a step reach DeepSpeed's slices through our optimizer, so DeepSpe
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from datetime import timedelta
 from io import StringIO
@@ -24,6 +24,7 @@ from tunesmith.checkpoint.pieces import Piece, Saved, State
 from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.engine.ranks import RankedEngine
 from tunesmith.engine.zero_config import config, quiet
+from tunesmith.engine.zero_held import HeldBack
 from tunesmith.engine.zero_slices import Slice, slices
 from tunesmith.errors import MissingExtra
 from tunesmith.gradients import local_square_sum
@@ -68,8 +69,11 @@ class ZeroEngine(RankedEngine):
 
     def prepare(self, module: TrainModule, fill: Fill, spec: Spec) -> None:
         self.train_module = module
-        self.optimizer = optim.build(spec, optim.parameter_groups(module, spec))
+        groups = optim.parameter_groups(module, spec)
+        self.optimizer = optim.build(spec, groups)
+        self._held_back = HeldBack(self.optimizer)
         self._named = dict(module.named_parameters())
+        self._trained = {name: self._named[name] for group in groups for name in group["names"]}
         self._engine: Any = self.accelerator.prepare(module, self.optimizer)[0]
         self.module = cast(nn.Module, self._engine)
         self._zero: Any = getattr(self._engine, "optimizer", None)
@@ -94,7 +98,7 @@ class ZeroEngine(RankedEngine):
             if self.stage == 3 and not hasattr(parameter, "ds_id"):
                 return f"{name} is not partitioned"
         held = sum(flat.numel() for flat in self._flats())
-        trained = sum(whole_shape(p).numel() for p in self._named.values() if p.requires_grad)
+        trained = sum(whole_shape(p).numel() for p in self._trained.values())
         room = 2 * self.world_size * (len(self._named) + 1)  # padding
         if held * self.world_size > trained + self.world_size * room:
             return f"the optimizer holds {held} of {trained} elements on one of {self.world_size} ranks"
@@ -126,21 +130,37 @@ class ZeroEngine(RankedEngine):
         finite = bool(torch.isfinite(self.gradient_square_sum()))
         one = torch.ones((), device=self.device)
         self.step(one, skip=one)
-        unused = [name for name, p in self._named.items() if p.requires_grad and id(p) not in used]
+        unused = [name for name, p in self._trained.items() if id(p) not in used]
         return Rehearsal(loss.total.detach(), unused, finite, reduced=True)
 
     def leave_unused(self, names: Sequence[str]) -> None:
         pass  # DeepSpeed fills its flat gradients with zeros
 
+    def train_only(self, names: Collection[str]) -> None:
+        for name, parameter in self._trained.items():
+            parameter.requires_grad_(name in names)
+        closed: list[Tensor] = []
+        for index, flat in enumerate(self._flats()):
+            number = self._zero.sub_group_to_group_id[index] if self.stage == 3 else index
+            opened = {name in names for name in self.optimizer.param_groups[number]["names"]}
+            assert len(opened) == 1, "a group of the optimizer is trained as one"
+            if not opened.pop():
+                closed.append(flat)
+        self._held_back.hold(closed)
+
     def _gradients(self) -> list[Tensor]:
         """This rank's reduced slices, after the last backward of a window."""
         zero = self._zero
-        if self.settings.offload_optimizer:
-            if self.stage < 3:
-                zero._wait_for_offload_copies()
-            return [flat.grad for flat in self._flats() if flat.grad is not None]
-        averaged = zero.averaged_gradients
-        return [g for group in averaged.values() if group is not None for g in group if g is not None]
+        if self.settings.offload_optimizer and self.stage < 3:
+            zero._wait_for_offload_copies()
+        found: list[Tensor] = []
+        for index, flat in enumerate(self._flats()):
+            if flat in self._held_back:
+                continue
+            offloaded = self.settings.offload_optimizer
+            group = [flat.grad] if offloaded else zero.averaged_gradients.get(index) or []
+            found += [gradient for gradient in group if gradient is not None]
+        return found
 
     def gradient_square_sum(self) -> Tensor:
         total = local_square_sum(self._gradients()).to(self.device)
@@ -215,12 +235,13 @@ class ZeroEngine(RankedEngine):
         return whole
 
     def _slices(self) -> dict[int, list[Slice]]:
-        return slices(self._zero, self._named, self.stage, self.rank)
+        return slices(self._zero, self._trained, self.stage, self.rank)
 
     def optimizer_state(self) -> dict[str, State]:
         found: dict[str, State] = {}
         for index, flat in enumerate(self._flats()):
-            state = self.optimizer.state.get(flat, {})
+            if not (state := self.optimizer.state.get(flat)):
+                continue
             for part in self._slices().get(index, []):
                 found[part.name] = {
                     key: Piece(value[part.at : part.at + part.count].cpu(), part.shape, part.start)

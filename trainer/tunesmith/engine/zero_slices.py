@@ -23,16 +23,16 @@ class Slice:
 
 
 def slices(zero: Any, named: Mapping[str, nn.Parameter], stage: int, rank: int) -> dict[int, list[Slice]]:
-    """Index of the flat tensor → this rank's slices in it; `zero` is DeepSpeed's ZeRO optimizer."""
+    """Index of the flat tensor → this rank's slices in it; `zero` is DeepSpeed's ZeRO optimizer, `named` the parameters
+    that it was built for."""
     find = _stage3 if stage == 3 else _stage12
     found: dict[int, list[Slice]] = {}
     for name, parameter in named.items():
-        if parameter.requires_grad:
-            place = find(zero, parameter, rank)
-            if place is not None:
-                index, start, count, at = place
-                shape = tuple(whole_shape(parameter))
-                found.setdefault(index, []).append(Slice(name, shape, start, count, at))
+        place = find(zero, parameter, rank)
+        if place is not None:
+            index, start, count, at = place
+            shape = tuple(whole_shape(parameter))
+            found.setdefault(index, []).append(Slice(name, shape, start, count, at))
     return found
 
 

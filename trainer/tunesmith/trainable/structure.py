@@ -90,6 +90,14 @@ class Structure:
             return Place("embeddings", layers=layers)
         return self._beside(name, holder, layers)
 
+    def unit(self, name: str) -> str:
+        """What a module that holds no layers is computed with: its layer's name, or the kind of its place."""
+        within = [layer for layer in self._layers if _inside(name, layer)]
+        return within[0] if within else self.place(name).kind
+
+    def holds_layers(self, name: str) -> bool:
+        return bool(self._above(name))
+
     def _above(self, module: str) -> list[str]:
         """The layers that lie in a module."""
         return [layer for layer in self._layers if _inside(layer, module) and layer != module]
