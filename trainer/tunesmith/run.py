@@ -156,7 +156,17 @@ def _train(
 
     session = Session(engine, recipe, run_dir, objective, datasets, state, tracker, stop)
     loop = Loop(
-        engine, stream, objective.terms, recipe, total_steps, state.progress, scale, session, metric, plateau
+        engine,
+        stream,
+        objective.terms,
+        recipe,
+        total_steps,
+        state.progress,
+        scale,
+        session,
+        metric,
+        plateau,
+        plan,
     )
     try:
         reason = loop.run()
