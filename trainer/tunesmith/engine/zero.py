@@ -49,6 +49,7 @@ class ZeroEngine(RankedEngine):
             raise MissingExtra("deepspeed", "deepspeed", f"parallel.strategy: {settings.strategy}") from None
         from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
+        quiet()  # its import has set its logger's level
         if device_type == "cpu":
             # DeepSpeed would compile a shared-memory all-reduce, of which training has no use, before it starts
             cast(Any, deepspeed.ops).__compatible_ops__ = {}
