@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -140,23 +141,27 @@ def _layers() -> tuple[type[nn.Module], type[nn.Module]]:
 
     class Linear4bit(library.nn.Linear4bit):
         def forward(self, x: Tensor) -> Tensor:
+            # an engine that shards leaves a plain parameter in the weight's place: the module keeps its scales
+            state = getattr(self.weight, "quant_state", self.quant_state)
+            if state.absmax.device != x.device:
+                state.to(x.device)
             dtype = self.compute_dtype
             bias = None if self.bias is None else self.bias.to(dtype)
             found = _autocast_dtype(x)
             with torch.autocast(x.device.type, enabled=False):
-                product = library.matmul_4bit(
-                    x.to(dtype), self.weight, bias=bias, quant_state=self.weight.quant_state
-                )
+                product = library.matmul_4bit(x.to(dtype), self.weight, bias=bias, quant_state=state)
             return product.to(found)
 
     class Linear8bitLt(library.nn.Linear8bitLt):
         def forward(self, x: Tensor) -> Tensor:
-            state, weight = self.state, self.weight
-            state.CB, state.SCB, state.is_training = weight.data, weight.SCB, True
+            self.state.SCB = self.state.SCB.to(x.device)
+            # one for each forward, lest a weight that was gathered for it outlives its backward
+            state = copy(self.state)
+            state.CB, state.is_training = self.weight.data, True
             dtype = _autocast_dtype(x)
             bias = None if self.bias is None else self.bias.to(dtype)
             with torch.autocast(x.device.type, enabled=False):
-                return library.matmul(x.to(dtype), weight, bias=bias, state=state)
+                return library.matmul(x.to(dtype), self.weight, bias=bias, state=state)
 
     return Linear4bit, Linear8bitLt
 
@@ -170,7 +175,10 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 def _take_over(model: nn.Module) -> None:
     four, eight = _layers()
     for _, module in quantized_layers(model):
-        module.__class__ = four if type(module.weight).__name__ == "Params4bit" else eight
+        if type(module.weight).__name__ == "Params4bit":
+            module.__class__, module.quant_state = four, module.weight.quant_state
+        else:
+            module.__class__, module.state.SCB = eight, module.weight.SCB
         if module.bias is not None:  # transformers freezes it with the weight
             module.bias.requires_grad_(True)
 
@@ -203,11 +211,11 @@ def dequantized(model: Any) -> Any:
 
 def _forget(model: Any) -> None:
     """Takes back what transformers notes on a quantised model, and would save."""
-    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
-        quantizer.remove_quantization_config(model)
-    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        vars(model).pop(name, None)
     for module in model.modules():
+        if (quantizer := vars(module).get("hf_quantizer")) is not None:
+            quantizer.remove_quantization_config(module)
+        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            vars(module).pop(name, None)
         if hasattr(module, "config"):
             vars(module.config).pop("_is_quantized", None)
 

@@ -5,7 +5,8 @@ engine the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,15 +35,16 @@ class Source:
     compute_dtype: torch.dtype = torch.float32
 
     def whole(self) -> tuple[Any, dict[str, Any]]:
-        """The model in fp32 on the CPU (or partitioned, where ZeRO-3 is active), its base quantised where that is
-        asked for, and what loading it found: its `missing_keys` and `unexpected_keys`."""
+        """The model in fp32 on the CPU (or partitioned, where ZeRO-3 is active), or whole with its base quantised; and
+        what loading it found: its `missing_keys` and `unexpected_keys`."""
         if getattr(self.config, "quantization_config", None) is not None:
             raise UserError(
                 "model.model_name_or_path: its weights are stored quantised: name the model that they were made "
                 "of, and set model.quantization"
             )
         if self.quantization is not None:
-            return self._quantized(self.quantization)
+            with _unpartitioned():
+                return self._quantized(self.quantization)
         return self._read() if self.path is not None else (self._drawn(), {})
 
     def _quantized(self, settings: Quantization) -> tuple[Any, dict[str, Any]]:
@@ -173,6 +175,21 @@ class Source:
             name, found, wanted = min(info.mismatched_keys)
             raise ValueError(f"{name} has shape {tuple(found)}, the model wants {tuple(wanted)}")
         return info
+
+
+@contextmanager
+def _unpartitioned() -> Generator[None]:
+    """Hides ZeRO-3 from transformers, which cannot quantise what it partitions; DeepSpeed partitions the model when it
+    is there."""
+    from transformers.integrations import deepspeed
+
+    reference = cast(Any, deepspeed)._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if reference is not None and (config := reference()) is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def _draw(module: nn.Module, initialize: Callable[..., None]) -> None:
