@@ -59,6 +59,7 @@ def assemble(
         tokenizer,
         seed,
         empty=empty and not whole,
+        head=settings.head,
         compute_dtype=AUTOCAST.get(precision, torch.float32),
     )
     if settings.adapters and settings.unfreeze:
