@@ -3,10 +3,6 @@ same weights, the same evaluation; for every objective with a head, on one proce
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from objective_cases import ADAMW, CASES, WHOLE, Layout, recipe
+from objective_cases import (
+    ADAMW,
+    CASES,
+    SGD,
+    TOLERANCE,
+    TWO,
+    WHOLE,
+    Run,
+    assert_same_curves,
+    assert_same_weights,
+    recipe,
+)
 from tunesmith import optim
 from tunesmith.data.prepare import Dataset, prepare
 from tunesmith.engine import Engine, build_engine
@@ -34,6 +41,8 @@ from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 STEPS = 6
 HEADS = ["single_label", "multi_label", "regression", "pairs", "token_classification", "question_answering"]
 FAMILIES = ["llama", "gpt2", "bart", "t5"]
+HEAD_ONLY = {"freeze": ["backbone"]}
+CACHED = {"freeze": ["backbone"], "cache_features": True}
 
 
 @dataclass
@@ -93,23 +102,17 @@ def build_case(workshop: Path, tmp_path: Path) -> Callable[..., Built]:
     """build_case(case, family=None, **sections): with every third row in eval, and a cache of its own."""
 
     def make(case: str, family: str | None = None, **sections: Any) -> Built:
-        return build(case_recipe(workshop, tmp_path, case, family, WHOLE, **sections), workshop)
+        values: dict[str, Any] = {
+            "trainable": CACHED,
+            "data": {"split": {"eval": 0.3}, "cache_dir": str(tmp_path / "cache")},
+        }
+        if family == "gpt2":  # whose config names no pad token
+            values["model"] = {"config": {"pad_token_id": 0}}
+        values |= sections
+        chosen = CASES[case] if family is None else replace(CASES[case], model=family)
+        return build(recipe(workshop, chosen, ADAMW, WHOLE, STEPS, **values), workshop)
 
     return make
-
-
-def case_recipe(
-    workshop: Path, cache: Path, case: str, family: str | None, layout: Layout, **sections: Any
-) -> Recipe:
-    values: dict[str, Any] = {
-        "trainable": {"freeze": ["backbone"], "cache_features": True},
-        "data": {"split": {"eval": 0.3}, "cache_dir": str(cache / "cache")},
-    }
-    if family == "gpt2":  # whose config names no pad token
-        values["model"] = {"config": {"pad_token_id": 0}}
-    values |= sections
-    chosen = CASES[case] if family is None else replace(CASES[case], model=family)
-    return recipe(workshop, chosen, ADAMW, layout, STEPS, **values)
 
 
 def assert_same_training(cached: Built, whole: Built, tolerance: float = 1e-5) -> None:
@@ -190,62 +193,38 @@ def test_the_features_are_those_of_the_batch(build_case: Callable[..., Built]) -
             assert float((own - ours).abs().max() / own.abs().max()) <= 1e-6
 
 
-RANK = """
-import json, os, sys
-sys.path[:0] = {paths!r}
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from objective_cases import Layout
-from test_cached_features import build, case_recipe
-from tunesmith.quiet import quiet_libraries
-
-quiet_libraries()
-workshop, cache = Path({workshop!r}), Path({cache!r})
-parallel = {{"strategy": {strategy!r}}}
-built = build(case_recipe(workshop, cache, {case!r}, None, Layout(4, 2), parallel=parallel), workshop)
-facts = built.cache()
-curve = built.steps()
-if built.engine.rank == 0:
-    head = {{name: value.tolist() for name, value in built.head().items()}}
-    (cache / "found.json").write_text(json.dumps({{"facts": facts, "curve": curve, "head": head}}))
-built.engine.close()
-"""
-
-
 @pytest.mark.parametrize(
-    ("strategy", "case"),
+    ("case", "engine"),
     [
-        ("ddp", "single_label"),
-        ("zero2", "token_classification"),
-        pytest.param("zero1", "single_label", marks=pytest.mark.slow),
+        ("single_label", {"strategy": "auto"}),
+        ("single_label", {"strategy": "ddp"}),
+        ("token_classification", {"strategy": "ddp"}),
+        ("single_label", {"strategy": "zero1"}),
+        ("question_answering", {"strategy": "zero2"}),
     ],
 )
-def test_two_ranks(
-    workshop: Path, tmp_path: Path, build_case: Callable[..., Built], strategy: str, case: str
+def test_whole_runs(
+    train: Run, workshop_eval: dict[str, dict[str, Any]], tmp_path: Path, case: str, engine: dict[str, Any]
 ) -> None:
-    """They divide the computing, read one cache, and train what one process trains without."""
-    script = tmp_path / "rank.py"
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    (tmp_path / "ranks").mkdir()
-    script.write_text(
-        RANK.format(
-            paths=paths, workshop=str(workshop), cache=str(tmp_path / "ranks"), strategy=strategy, case=case
-        )
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TUNESMITH_DEVICE": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "ranks" / "found.json").read_text())
-    whole = build_case(case)
-    assert found["facts"]["cached_features_computed_rows"] == sum(len(d) for d in whole.datasets.values())
-    for ours, theirs in zip(found["curve"], whole.steps(), strict=True):
-        assert ours == pytest.approx(list(theirs), rel=1e-5)
-    for name, value in whole.head().items():
-        assert torch.tensor(found["head"][name]).numpy() == pytest.approx(value.numpy(), rel=1e-4, abs=1e-5)
+    """Curve, evaluation and final/ of a run with the cache, on one process or two, beside one process without: two
+    ranks divide the computing, and read one cache."""
+    layout = WHOLE if engine["strategy"] == "auto" else TWO
+    own = {"data": workshop_eval[case] | {"cache_dir": str(tmp_path)}, "parallel": engine}
+    found = train(case, SGD, layout, STEPS, trainable=CACHED, **own)
+    expected = train(case, SGD, WHOLE, STEPS, trainable=HEAD_ONLY, data=workshop_eval[case])
+    assert_same_curves(found, expected)
+    assert_same_weights(found, expected)
+    for name, value in expected.evaluation.items():
+        if name.startswith("eval_") and name != "eval_seconds":
+            assert found.evaluation[name] == pytest.approx(value, rel=TOLERANCE), name
+    rows = found.facts["cached_features_rows"]
+    assert found.facts["cached_features_computed_rows"] == sum(rows.values()) > 0
+    assert set(rows) == {"train", "eval"}
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_engines_that_shard_are_refused(train: Run, strategy: str) -> None:
+    with pytest.raises(
+        RuntimeError, match=rf"cache_features: parallel\.strategy: {strategy} spreads a backbone"
+    ):
+        train("single_label", SGD, TWO, 2, trainable=CACHED, parallel={"strategy": strategy})

@@ -1,4 +1,4 @@
-"""Why a run's features cannot be cached: whatever changes what the backbone makes of a row while the run goes on."""
+"""Why a run's features cannot be cached, as far as the recipe's own rules cannot tell."""
 
 from __future__ import annotations
 
@@ -9,42 +9,17 @@ from tunesmith.errors import UserError
 from tunesmith.features.reading import KEY
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
-from tunesmith.recipe.trainable import Gradual
-
-_OBJECTIVES = ("classification", "token_classification", "question_answering")
 
 
 def refuse(recipe: Recipe, engine: Engine, objective: Objective) -> None:
     """Raises UserError with the setting that stands in the way, and what to do."""
-    model = engine.train_module.model
-    problem = _of_recipe(recipe) or _of_engine(recipe, engine) or _of_model(model)
+    problem = _of_engine(recipe, engine) or _of_model(engine.train_module.model)
+    if problem is None and recipe.model.gradient_checkpointing:
+        problem = "model.gradient_checkpointing has no effect where the backbone is not run: leave it out"
     if problem is None and type(objective).draw is not Objective.draw:
         problem = "the objective draws each row anew in every epoch"
     if problem is not None:
         raise UserError(f"{KEY}: {problem}; or set cache_features: false")
-
-
-def _of_recipe(recipe: Recipe) -> str | None:
-    settings, model = recipe.trainable, recipe.model
-    if recipe.objective.type not in _OBJECTIVES:
-        return f"objective.type: {recipe.objective.type} has no head on a backbone ({', '.join(_OBJECTIVES)} have)"
-    if settings.adapters:
-        return "trainable.adapters change the backbone while they are trained: leave them out"
-    if isinstance(settings.unfreeze, Gradual):
-        return "trainable.unfreeze unfreezes the backbone layer by layer: leave it out"
-    if any(later.parameters != ["head"] for later in settings.later):
-        return (
-            "trainable.unfreeze trains parts of the backbone later on: leave `at` out, or name [head] alone"
-        )
-    if model.neftune_noise_alpha is not None:
-        return "model.neftune_noise_alpha adds other noise in every epoch: leave it out"
-    if model.drop_path is not None:
-        return "model.drop_path has no effect on a frozen backbone: leave it out"
-    if model.gradient_checkpointing:
-        return "model.gradient_checkpointing has no effect where the backbone is not run: leave it out"
-    if recipe.data.packing:
-        return "data.packing makes other sequences of the rows in every epoch: set packing: false"
-    return None
 
 
 def _of_engine(recipe: Recipe, engine: Engine) -> str | None:
