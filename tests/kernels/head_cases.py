@@ -58,6 +58,12 @@ def case(
     return Case(hidden, weight, target, torch.randn(vocab, generator=random) / 2 if bias else None)
 
 
+def some_ignored(target: Tensor, ignored: int, seed: int = 1) -> None:
+    """Ignores so many of the targets [N], wherever they are."""
+    random = torch.Generator().manual_seed(seed)
+    target[torch.randperm(len(target), generator=random)[:ignored]] = -100
+
+
 def certain(rows: int, probability: float, *, features: int = 64, vocab: int = 1003) -> Case:
     """Rows whose target has the given probability: hidden states that point at their target's weight."""
     made = case(rows, features, vocab, bias=False)

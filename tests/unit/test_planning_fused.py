@@ -68,12 +68,24 @@ CALLS = {
     "autocast, bias, tiles": Shapes(
         600, 1024, 40_000, BF16, FP32, FP32, Wanted(True, True, True), "cpu", "cpu"
     ),
+    "autocast, some ignored": Shapes(
+        700, 1024, 40_000, BF16, FP32, None, Wanted(True, True, False), "cpu", "cpu", all_rows=False
+    ),
+    "a chunk that zeros fill": Shapes(
+        229, 4096, 9_000, BF16, BF16, None, Wanted(True, True, False), "cpu", "cpu"
+    ),
     "bf16": Shapes(700, 64, 60_000, BF16, BF16, BF16, Wanted(True, True, True), "cpu", "cpu"),
     "bf16 summed in fp32": Shapes(
         2_400, 96, 52_000, BF16, BF16, None, Wanted(True, True, False), "cpu", "cpu"
     ),
     "fp16 in torch's operators": Shapes(
         300, 48, 9_000, FP16, FP32, None, Wanted(True, True, False), "cpu", "torch", all_rows=False
+    ),
+    "fp16, several chunks": Shapes(
+        530, 48, 60_000, FP16, FP16, FP16, Wanted(True, True, True), "cpu", "torch", all_rows=False
+    ),
+    "fp16 without logits' gradients": Shapes(
+        261, 4096, 900, FP16, FP16, None, Wanted(False, False, False), "cpu", "torch"
     ),
 }
 
@@ -85,6 +97,21 @@ def test_the_workspace_is_what_the_allocator_hands_out_within_the_operator(name:
     slack = 600_000 if call.dtype == BF16 else 64
     measured, expected = peak_of(call), workspace(call).total
     assert -64 <= measured - expected <= slack, (measured, expected)
+
+
+def test_products_in_16_bits_on_the_cpu_have_rows_of_zeros() -> None:
+    """257 rows are computed as 272, and 600 as two chunks of 304; not in fp32, and not on a GPU."""
+    wanted = Wanted(True, True, False)
+    narrow, wide, cuda = (
+        Shapes(257, 64, 50_304, dtype, FP32, None, wanted, device, "torch")
+        for dtype, device in ((BF16, "cpu"), (FP32, "cpu"), (BF16, "cuda"))
+    )
+    assert [call.product_rows for call in (narrow, wide, cuda)] == [272, 257, 257]
+    assert flops(narrow) * 257 == flops(wide) * 272
+    assert flops(cuda) == flops(wide)
+    assert moved_bytes(narrow) > moved_bytes(cuda)
+    several = replace(narrow, rows=600)
+    assert (several.chunks, several.chunk, several.product_rows) == (2, 304, 608)
 
 
 def test_the_workspace_has_a_bound_that_the_rows_do_not_move() -> None:

@@ -2,7 +2,10 @@
 
 Per chunk: logits = hidden·weightᵀ + bias into one buffer that all chunks share; a row kernel overwrites it with the
 gradient of the loss; two more products add the chunk to the gradients of hidden and weight. Rows whose target is
-ignored are dropped before the first product. (Gradients in the forward: Hsu et al. 2024, Liger Kernel.)"""
+ignored are dropped before the first product. (Gradients in the forward: Hsu et al. 2024, Liger Kernel.)
+
+On the CPU the products in 16 bits are oneDNN's, which keeps what it compiled for each new shape. How many rows are
+labelled is another number in every step, so there rows of zeros follow a chunk's own, up to one of a few numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +26,12 @@ _MAX_ROUNDINGS = 8
 # fp16 has few exponents: gradients are kept near 1 until the caller's own scale is known. Not much above, since sums
 # over classes and weights of the rows come on top.
 _FP16_SCALE = 16.0
-_TILE_BYTES = 32_000_000
+# A product that is added to sums of another dtype on the CPU, a tile of classes at a time: small enough that it and its
+# cast stay in the cache, and that it leaves no large hole in the C library's heap when what is allocated after it stays
+_TILE_BYTES = 4_000_000
+# Rows of a 16-bit product on the CPU are a multiple of 1/32 of the next power of two, and of 8: at most 1/16 more
+# where they are over 128, and 16 different numbers of rows from any power of two to the next
+_ROW_STEP, _STEPS = 8, 32
 
 
 @dataclass(frozen=True)
@@ -68,12 +76,35 @@ def remaining(dtype: torch.dtype) -> float:
     return 1.0 / _FP16_SCALE if dtype == torch.float16 else 1.0
 
 
-def chunk_rows(rows: int, vocab: int, itemsize: int, device: str) -> int:
-    """Rows per chunk: as many as the byte budget holds, evenly over the chunks."""
+def chunk_rows(rows: int, vocab: int, itemsize: int, device: str, *, padded: bool = False) -> int:
+    """Rows per chunk: as many as the byte budget holds, evenly over the chunks. padded: a number that `product_rows`
+    leaves as it is, which may be more than `rows`."""
     budget = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (vocab * itemsize)
     most = max(_MIN_ROWS.get(device, _MIN_ROWS["cuda"]), budget // 32 * 32)
+    if padded:
+        most -= most % _row_step(most)
     chunks = max(1, -(-rows // most))
-    return max(1, -(-rows // chunks))
+    size = max(1, -(-rows // chunks))
+    return _padded(size) if padded else size
+
+
+def pads(dtype: torch.dtype, device: str) -> bool:
+    """Whether rows of zeros are added to a product in this dtype."""
+    return device == "cpu" and dtype.itemsize == 2
+
+
+def product_rows(rows: int, dtype: torch.dtype, device: str) -> int:
+    """Rows of the product for a chunk of so many."""
+    return _padded(rows) if pads(dtype, device) else rows
+
+
+def _padded(rows: int) -> int:
+    step = _row_step(rows)
+    return -(-rows // step) * step
+
+
+def _row_step(rows: int) -> int:
+    return max(_ROW_STEP, (1 << (rows - 1).bit_length()) // _STEPS)
 
 
 def sum_dtype(weight: torch.dtype, hidden: torch.dtype, chunks: int) -> torch.dtype:
@@ -98,23 +129,25 @@ def compute(
     hidden, vocab = problem.hidden, problem.weight.shape[0]
     kept = kept_rows(problem.target, problem.ignore_index)
     rows = hidden.shape[0] if kept is None else kept.shape[0]
-    size = chunk_rows(rows, vocab, hidden.element_size(), hidden.device.type)
+    padded = pads(hidden.dtype, hidden.device.type)
+    size = chunk_rows(rows, vocab, hidden.element_size(), hidden.device.type, padded=padded)
     chunks = -(-rows // size) if rows else 0
     sums = Sums(hidden, problem.weight, problem.bias, wanted, chunks, all_rows=kept is None)
     weight = problem.weight.to(hidden.dtype)
     bias = None if problem.bias is None else problem.bias.to(hidden.dtype)
-    buffer = hidden.new_empty((min(size, rows), vocab))
+    buffer = hidden.new_empty((size if rows else 0, vocab))
     row_factors = row_factor(factor, problem.token_weight, hidden) if wanted else None
     for part in row_chunks(kept, rows, size):
-        x, out = part.of(hidden), part.outputs(outputs)
-        logits = buffer[: part.stop - part.start]
+        x, out = part.operand(hidden), part.outputs(outputs)
+        logits = buffer[: x.shape[0]]
         if bias is None:
             torch.mm(x, weight.t(), out=logits)
         else:
             torch.addmm(bias, x, weight.t(), out=logits)
-        kernel(logits, part.inputs(problem, row_factors), problem.options, out)
+        kernel(logits[: part.rows], part.inputs(problem, row_factors), problem.options, out)
         part.put(out, outputs)
         if wanted:
+            logits[part.rows :].zero_()
             sums.add(part, logits, x, weight)
     return sums.gradients()
 
@@ -127,8 +160,26 @@ class Chunk:
     stop: int
     index: Tensor | None  # the rows' places in the batch; None: start..stop themselves
 
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
     def of(self, whole: Tensor) -> Tensor:
         return whole[self.start : self.stop] if self.index is None else whole.index_select(0, self.index)
+
+    def operand(self, whole: Tensor) -> Tensor:
+        """`of(whole)` as a product takes it: rows of zeros follow, up to `product_rows`."""
+        rows = product_rows(self.rows, whole.dtype, whole.device.type)
+        if rows == self.rows:
+            return self.of(whole)
+        padded = whole.new_empty((rows, *whole.shape[1:]))
+        padded[self.rows :].zero_()
+        own = padded[: self.rows]
+        if self.index is None:
+            own.copy_(whole[self.start : self.stop])
+        else:
+            torch.index_select(whole, 0, self.index, out=own)
+        return padded
 
     def inputs(self, problem: Problem, factor: Tensor | None) -> RowInputs:
         weights = problem.token_weight
@@ -142,7 +193,7 @@ class Chunk:
     def outputs(self, outputs: RowOutputs) -> RowOutputs:
         if self.index is None:
             return outputs.rows(self.start, self.stop)
-        return RowOutputs(*(getattr(outputs, name).new_empty(self.stop - self.start) for name in OUTPUTS))
+        return RowOutputs(*(getattr(outputs, name).new_empty(self.rows) for name in OUTPUTS))
 
     def put(self, out: RowOutputs, outputs: RowOutputs) -> None:
         if self.index is not None:
@@ -199,12 +250,15 @@ class Sums:
         self.bias_dtype = weight.dtype if bias is None else bias.dtype
 
     def add(self, part: Chunk, gradient: Tensor, x: Tensor, weight: Tensor) -> None:
-        """gradient [rows, V] of the chunk's logits, x [rows, H] its hidden states."""
+        """gradient [rows, V] of the chunk's logits, x [rows, H] its hidden states; both with the same rows of zeros
+        after the chunk's own, or none."""
         if self.wanted.hidden:
-            if part.index is None:
+            if part.index is not None:
+                self.hidden.index_copy_(0, part.index, torch.mm(gradient, weight)[: part.rows])
+            elif gradient.shape[0] == part.rows:
                 torch.mm(gradient, weight, out=self.hidden[part.start : part.stop])
             else:
-                self.hidden.index_copy_(0, part.index, torch.mm(gradient, weight))
+                self.hidden[part.start : part.stop] = torch.mm(gradient, weight)[: part.rows]
         if self.wanted.weight:
             self._add_weight(gradient, x)
         if self.wanted.bias:
@@ -223,11 +277,14 @@ class Sums:
             torch.addmm(self.weight, gradient.t(), x, out_dtype=torch.float32, out=self.weight)
         else:
             tile = tile_classes(x.shape[1], x.element_size())
+            # an fp16 sum over many rows would overflow
+            dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+            x = x.to(dtype)
+            buffer = x.new_empty((min(tile, self.weight.shape[0]), x.shape[1]))
             for start in range(0, self.weight.shape[0], tile):
-                part = gradient[:, start : start + tile].t()
-                # an fp16 sum over many rows would overflow
-                product = part.float() @ x.float() if x.dtype == torch.float16 else part @ x
                 own = self.weight[start : start + tile]
+                part = gradient[:, start : start + tile].t()
+                product = torch.mm(part.to(dtype), x, out=buffer[: own.shape[0]])
                 if self.started:
                     own.add_(product)
                 else:

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from tunesmith_kernels.linear_loss.chunks import Wanted, chunk_rows, sum_dtype, tile_classes
+from tunesmith_kernels.linear_loss.chunks import (
+    Wanted,
+    chunk_rows,
+    pads,
+    product_rows,
+    sum_dtype,
+    tile_classes,
+)
 
 # bytes per logit that `rows.torch_rows` has beside the chunk itself at its largest, the entropy: four fp32 tensors, a
 # mask and a fifth; and per row
@@ -36,12 +43,23 @@ class Shapes:
 
     @property
     def chunk(self) -> int:
-        """Rows of a chunk."""
-        return chunk_rows(self.rows, self.vocab, self.dtype.itemsize, self.device)
+        """Rows of a chunk's product, the last one's apart."""
+        padded = pads(self.dtype, self.device)
+        return chunk_rows(self.rows, self.vocab, self.dtype.itemsize, self.device, padded=padded)
 
     @property
     def chunks(self) -> int:
         return -(-self.rows // self.chunk) if self.rows else 0
+
+    @property
+    def last(self) -> int:
+        """Rows of the last chunk."""
+        return self.rows - max(0, self.chunks - 1) * self.chunk
+
+    @property
+    def product_rows(self) -> int:
+        """Rows of all chunks' products: on the CPU more than those that are labelled, in 16 bits."""
+        return self.rows - self.last + product_rows(self.last, self.dtype, self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,54 +95,63 @@ def workspace(call: Shapes) -> Workspace:
     # until the end, what will be returned in another dtype is not there yet
     later = returned.itemsize * item if of_weight else 0
     later += call.bias.itemsize * call.vocab if of_bias and call.bias is not None else 0
-    buffer = min(call.chunk, call.rows) * call.vocab * size
-    moments = [Workspace(buffer + logits, held + rest - later) for logits, rest in _moments(call, whole)]
-    end = held + _copied(call)
+    buffer = call.chunk * call.vocab * size
+    last = call.last, call.product_rows - call.rows + call.last
+    chunks = [last] if call.chunks == 1 else [(call.chunk, call.chunk), last]
+    moments = [
+        Workspace(buffer + logits, held + rest - later)
+        for rows, padded in chunks
+        for logits, rest in _moments(call, whole, rows, padded)
+    ]
+    if call.chunks > 1:  # the last chunk's rows, those before it still there
+        moments.append(Workspace(buffer, held + sum(_copied(call, *one) for one in chunks) - later))
+    if call.chunks > 2 and not call.all_rows:
+        moments.append(Workspace(buffer, held + 2 * _copied(call, *chunks[0]) - later))
+    end = held + _copied(call, *last)
     return max([*moments, Workspace(buffer, end)], key=lambda one: one.total)
 
 
-def _copied(call: Shapes) -> int:
-    """A chunk's hidden states and statistics, where it is not a view of the batch."""
-    return 0 if call.all_rows else call.chunk * (call.features * call.dtype.itemsize + _STATS)
+def _copied(call: Shapes, rows: int, padded: int) -> int:
+    """A chunk's hidden states and statistics, where they are not views of the batch. rows: its own; padded: those of
+    its product."""
+    states = padded * call.features * call.dtype.itemsize
+    if call.all_rows:
+        return states if padded > rows else 0
+    return states + rows * _STATS
 
 
-def _moments(call: Shapes, whole: torch.dtype) -> list[tuple[int, int]]:
+def _moments(call: Shapes, whole: torch.dtype, rows: int, padded: int) -> list[tuple[int, int]]:
     """(logits, rest) of a chunk's row kernel, and of its share in each gradient."""
-    chunk, size = call.chunk, call.dtype.itemsize
-    copied = _copied(call)
+    size = call.dtype.itemsize
+    copied = _copied(call, rows, padded)
     per_logit, per_row = _TORCH_ROWS if call.backend == "torch" else (0, 0)
-    inputs = 0 if call.all_rows else chunk * (_INDEX + _FACTOR * bool(call.wanted))
-    found = [(per_logit * chunk * call.vocab, copied + inputs + per_row * chunk)]
-    if not call.all_rows and call.chunks > 1:  # the next chunk's rows, the last one's still there
-        found.append((0, 2 * copied))
-    if call.wanted.hidden and not call.all_rows:
-        found.append((0, copied + chunk * call.features * size))
+    inputs = 0 if call.all_rows else rows * (_INDEX + _FACTOR * bool(call.wanted))
+    found = [(per_logit * rows * call.vocab, copied + inputs + per_row * rows)]
+    if call.wanted.hidden and (padded > rows or not call.all_rows):
+        found.append((0, copied + padded * call.features * size))
     if call.wanted.weight and whole != call.dtype and call.device == "cpu":
-        logits, rest = _tiles(call)
+        logits, rest = _tiles(call, padded)
         found.append((logits, copied + rest))
     if call.wanted.bias:
         # torch's sum on the CPU casts its input first where the result is of another dtype
-        cast = 4 * chunk * call.vocab if call.device == "cpu" and size != 4 else 0
+        cast = 4 * padded * call.vocab if call.device == "cpu" and size != 4 else 0
         found.append((cast, copied + 4 * call.vocab))
     return found
 
 
-def _tiles(call: Shapes) -> tuple[int, int]:
-    """(logits, rest) of a 16-bit product that is added to fp32 sums a tile of classes at a time: the last product is
-    there while the next is computed; and to be added it is cast."""
+def _tiles(call: Shapes, rows: int) -> tuple[int, int]:
+    """(logits, rest) of a 16-bit product of so many rows that is added to fp32 sums a tile of classes at a time: to be
+    added it is cast."""
     tile = min(tile_classes(call.features, call.dtype.itemsize), call.vocab)
-    following = min(tile, call.vocab - tile)
-    wide = call.dtype == torch.float16
-    size = 4 if wide else call.dtype.itemsize
-    cast = 4 * tile if call.chunks > 1 and not wide else 0
-    rest = call.features * max(size * (tile + following), size * tile + cast)
-    operands = (4 * call.chunk * tile, 4 * call.chunk * call.features) if wide else (0, 0)
-    return operands[0], rest + operands[1]
+    if call.dtype == torch.float16:
+        return 4 * rows * tile, 4 * call.features * (tile + rows)
+    cast = 4 * tile if call.chunks > 1 else 0
+    return 0, call.features * (call.dtype.itemsize * tile + cast)
 
 
 def flops(call: Shapes) -> int:
     """Of the products: logits, and the gradients of hidden and weight."""
-    return 2 * call.rows * call.vocab * call.features * (1 + call.wanted.hidden + call.wanted.weight)
+    return 2 * call.product_rows * call.vocab * call.features * (1 + call.wanted.hidden + call.wanted.weight)
 
 
 def moved_bytes(call: Shapes) -> int:
@@ -132,7 +159,7 @@ def moved_bytes(call: Shapes) -> int:
     once per chunk and product."""
     size, item = call.dtype.itemsize, call.vocab * call.features
     hidden, weight = int(call.wanted.hidden), int(call.wanted.weight)
-    logits = call.rows * call.vocab * size * (3 + hidden + weight)
-    states = call.rows * call.features * size * (1 + hidden + weight)
+    logits = call.product_rows * call.vocab * size * (3 + hidden + weight)
+    states = call.product_rows * call.features * size * (1 + hidden + weight)
     sums = sum_dtype(call.weight, call.dtype, call.chunks).itemsize * item * max(0, 2 * call.chunks - 1)
     return logits + states + call.chunks * size * item * (1 + hidden) + weight * sums
