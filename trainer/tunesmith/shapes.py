@@ -14,4 +14,6 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def whole_numel(parameter: nn.Parameter) -> int:
-    return whole_shape(parameter).numel()
+    """Elements, however few bits hold one: bitsandbytes puts two of four bits in a byte, beside the whole's shape."""
+    state = getattr(parameter, "quant_state", None)
+    return whole_shape(parameter).numel() if state is None else torch.Size(state.shape).numel()
