@@ -48,6 +48,7 @@ from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 from tunesmith.tracking.events import Evaluated, Message, RunEnded, RunStarted
 from tunesmith.tracking.tracker import Tracker
 from tunesmith.trainable import counts, plan_trainable
+from tunesmith.trainable.facts import group_facts
 
 
 def run(recipe: Recipe, base: Path, how: Resume) -> None:
@@ -116,6 +117,7 @@ def _train(
     # compiled before the engine wraps: what it hangs on the layers stays outside their graphs
     compiled = compile_layers(built.model) if recipe.training.torch_compile else 0
     module = TrainModule(built.model, objective, precision)
+    groups = group_facts(module, spec)
     engine.rebuilt = built.rebuilt()
     engine.prepare(module, built.fill, spec)
 
@@ -139,7 +141,7 @@ def _train(
         state.load(checkpoint, recipe)
         tracker.load_state(state.extra)
 
-    facts |= engine.facts() | {"engine_why": engine_why} | built.facts | trainable
+    facts |= engine.facts() | {"engine_why": engine_why} | built.facts | trainable | {"groups": groups}
     facts |= {"compiled_layers": compiled} if compiled else {}
     facts |= {"precision": precision, "precision_why": why, "total_steps": total_steps}
     facts |= batch_facts(recipe, stream, engine.data_size)
