@@ -78,6 +78,8 @@ def sequence_lengths(mask: Any, positions: Any, embedded: Tensor) -> Tensor:
     ones = torch.ones(rows, length, device=embedded.device)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         real = mask[:, -length:].to(ones)
+        if real.shape != ones.shape:
+            raise UserError(f"{_KEY}: the model's embeddings are not [rows, positions, width]: leave it out")
         return real * real.sum(1, keepdim=True)
     if isinstance(positions, Tensor) and positions.dim() == 2:
         sequence = (positions == 0).long().cumsum(1).expand(rows, length)
