@@ -35,7 +35,7 @@ class Case:
     `rows` rows make a step."""
 
     name: str
-    config: dict[str, Any]
+    config: dict[str, Any] | str  # a model's config, or the name of a pretrained one
     world_size: int = 1
     parallel: dict[str, Any] = field(default_factory=lambda: {"strategy": "single"})
     objective: dict[str, Any] = field(default_factory=lambda: {"type": "causal_lm"})
@@ -48,24 +48,28 @@ class Case:
     packing: bool = False
     padded: bool = True
     freeze: tuple[str, ...] = ()
-    lora: dict[str, Any] | None = None  # r, target_modules, dropout
-    nf4: bool = False
+    adapters: tuple[dict[str, Any], ...] = ()
+    quantization: str | dict[str, Any] | None = None
     kernels: str = "auto"
     bucket: int | None = None  # elements of DeepSpeed's buckets, where not the engine's own
 
     def recipe(self) -> Any:
-        """The recipe that says the same, as far as recipes can (adapters and quantised bases are not in them yet)."""
+        """The recipe that says the same."""
         from tunesmith.recipe import Recipe
 
         task = str(self.objective["type"])
         form = {"classification": "classification", "seq2seq": "translation"}.get(task, "text")
         return Recipe.model_validate(
             {
-                "model": {
-                    "init": "from_config",
-                    "config": self.config,
+                "model": (
+                    {"model_name_or_path": self.config}
+                    if isinstance(self.config, str)
+                    else {"init": "from_config", "config": self.config}
+                )
+                | {
                     "tokenizer": "none",
                     "gradient_checkpointing": self.checkpointing,
+                    "quantization": self.quantization,
                 },
                 "data": {
                     "train": [{"path": "none", "format": form}],
@@ -73,7 +77,7 @@ class Case:
                     "packing": self.packing,
                 },
                 "objective": self.objective,
-                "trainable": {"freeze": list(self.freeze)},
+                "trainable": {"freeze": list(self.freeze), "adapters": list(self.adapters)},
                 "optim": self.optim,
                 "training": {
                     "global_batch_size": self.rows * self.accumulation * self.world_size,
@@ -139,7 +143,7 @@ def _build(case: Case, engine: Any) -> tuple[Any, Any, Any]:
     """(the module, what fills it with weights, the task)"""
     import torch
 
-    from tunesmith.model import load_model
+    from tunesmith.assemble import assemble
     from tunesmith.module import TrainModule
     from tunesmith.planning.tasks import task_of
     from tunesmith.trainable import apply_trainable
@@ -154,57 +158,10 @@ def _build(case: Case, engine: Any) -> tuple[Any, Any, Any]:
         def config_overrides() -> dict[str, Any]:
             return {}
 
-    loaded = load_model(recipe.model, Path(), Objective(), _NoTokenizer(), 0, empty=engine.builds_empty)  # type: ignore[arg-type]
-    if case.nf4:
-        _quantise(loaded.model)
-    if case.lora is not None:
-        loaded.model = _adapted(loaded.model, case)
-    apply_trainable(loaded.model, recipe.trainable)
+    built = assemble(recipe, Path(), Objective(), _NoTokenizer(), engine.device, empty=engine.builds_empty)  # type: ignore[arg-type]
+    apply_trainable(built.model, recipe.trainable)
     torch.manual_seed(0)
-    return TrainModule(loaded.model, task, case.precision), loaded.fill, task  # type: ignore[arg-type]
-
-
-def _quantise(model: Any) -> None:
-    """Every linear layer but the head becomes bitsandbytes' NF4 with double quantisation, as a QLoRA base is
-    loaded (Dettmers et al. 2023); the compute dtype is bf16."""
-    import bitsandbytes as bnb
-    import torch
-    from torch import nn
-
-    head = model.get_output_embeddings()
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child is not head:
-                made = bnb.nn.Linear4bit(
-                    child.in_features,
-                    child.out_features,
-                    child.bias is not None,
-                    compute_dtype=torch.bfloat16,
-                    compress_statistics=True,
-                    quant_type="nf4",
-                )
-                made.weight = bnb.nn.Params4bit(
-                    child.weight.data.bfloat16(),
-                    requires_grad=False,
-                    quant_type="nf4",
-                    compress_statistics=True,
-                )
-                made.bias = child.bias
-                setattr(module, name, made.to("cpu"))
-
-
-def _adapted(model: Any, case: Case) -> Any:
-    import peft
-
-    assert case.lora is not None
-    settings = peft.LoraConfig(
-        r=case.lora["r"],
-        lora_alpha=2 * case.lora["r"],
-        lora_dropout=case.lora.get("dropout", 0.0),
-        target_modules=case.lora["target_modules"],
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(model, settings, autocast_adapter_dtype=True)
+    return TrainModule(built.model, task, case.precision), built.fill, task  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -295,11 +252,27 @@ def measure(case: Case) -> tuple[int, list[tuple[int, int]]]:
         built: list[tuple[Any, Any, Any]] = []
 
         def build() -> None:
-            # quantising here takes more than the trainer's loading will: its peak is not counted, what it leaves is
-            if case.nf4:
+            # loading and quantising are not counted, what they leave is
+            if case.quantization is not None:
                 built.append(_build(case, engine))
 
         return allocated(lambda: _run(case, engine, built[0] if built else None), build)
+    finally:
+        engine.close()
+
+
+def resident(case: Case) -> tuple[int, int]:
+    """(bytes of the process before there is a model, the most that it ever held) on the CPU, without a profiler."""
+    import psutil
+
+    from tunesmith.engine import build_engine
+    from tunesmith.memory import peak_memory_bytes
+
+    engine = build_engine(case.recipe())
+    try:
+        before = psutil.Process().memory_info().rss
+        _run(case, engine, None)
+        return before, peak_memory_bytes(engine.device)
     finally:
         engine.close()
 
@@ -337,14 +310,15 @@ def _allocations(profile: Any) -> list[tuple[int, int]]:
     return [(size, total) for _, size, total in sorted(found, key=lambda one: one[0])]
 
 
-def _alone(case: Case) -> dict[str, Any]:
-    """The case in a child of this process: DeepSpeed and accelerate keep their groups for the life of a process."""
+def alone(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns in a child of this process: DeepSpeed and accelerate keep their groups for the life of a
+    process."""
     sys.stdout.flush()
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            answer: dict[str, Any] = {"peak": measure(case)[0]}
+            answer = work()
         except BaseException as error:  # noqa: BLE001 — one case's fault is its line, and the others still run
             if os.environ.get("TUNESMITH_DEBUG"):
                 traceback.print_exc()
@@ -379,7 +353,7 @@ def main() -> None:
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     for number, case in enumerate(read_cases(given.cases)):
         os.environ["MASTER_PORT"] = str(port + 1 + number)
-        line = {"case": case.name, "rank": rank, **_alone(case)}
+        line = {"case": case.name, "rank": rank, **alone(lambda case=case: {"peak": measure(case)[0]})}
         print(json.dumps(line), flush=True)
         if given.output is not None and rank == 0:
             with given.output.open("a") as out:

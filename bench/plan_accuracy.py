@@ -22,11 +22,12 @@ from typing import Any
 
 from measure_memory import Case
 
-from tunesmith.planning.adapters import Lora
 from tunesmith.planning.inspect import inspect
 from tunesmith.planning.memory import Breakdown, Setup, estimate
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = ({"type": "lora", "r": 16},)  # on all linear layers but the head
+ATTENTION = {"type": "lora", "r": 8, "target_modules": ["q_proj", "v_proj"]}
+NF4 = {"type": "nf4", "compute_dtype": "bf16"}
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -91,6 +92,7 @@ T5: dict[str, Any] = {
     "vocab_size": 8000,
     "decoder_start_token_id": 0,
 }
+CLASSES = {"type": "classification", "problem": "single_label"}
 SEQ2SEQ = {"type": "seq2seq", "max_target_length": 48}
 
 
@@ -98,7 +100,6 @@ def _one() -> list[Case]:
     def case(name: str, config: dict[str, Any], **settings: Any) -> Case:
         return Case(f"1 {name}", config, **settings)
 
-    lora = {"r": 16, "target_modules": LINEARS}
     return [
         case("llama", LLAMA),
         case("llama unpadded", LLAMA, padded=False),
@@ -142,12 +143,35 @@ def _one() -> list[Case]:
         case("8-bit lion one row", DEEP, optim={"name": "lion_8bit"}, rows=1, length=64),
         case("rmsprop one row", DEEP, optim={"name": "rmsprop"}, rows=1, length=64),
         case("lower half frozen", LLAMA, freeze=("model.embed_tokens*", "model.layers.[01].*")),
-        case("lora", LLAMA, lora=lora),
-        case("lora bf16 checkpointing", DEEP, lora=lora, precision="bf16", checkpointing=True),
-        case("lora dropout", LLAMA, lora={"r": 8, "target_modules": ["q_proj", "v_proj"], "dropout": 0.1}),
-        case("qlora", LLAMA, lora=lora, nf4=True),
-        case("qlora bf16", LLAMA, lora=lora, nf4=True, precision="bf16"),
-        case("qlora checkpointing", DEEP, lora=lora, nf4=True, checkpointing=True),
+        case("lora", LLAMA, adapters=LORA),
+        case("lora bf16 checkpointing", DEEP, adapters=LORA, precision="bf16", checkpointing=True),
+        case("lora dropout", LLAMA, adapters=(ATTENTION | {"lora_dropout": 0.1},)),
+        case("qlora", LLAMA, adapters=LORA, quantization=NF4),
+        case("qlora bf16", LLAMA, adapters=LORA, quantization=NF4, precision="bf16"),
+        case("qlora checkpointing", DEEP, adapters=LORA, quantization=NF4, checkpointing=True),
+        case("qlora in fp32", LLAMA, adapters=LORA, quantization="nf4"),
+        case("int8 lora", LLAMA, adapters=LORA, quantization="int8"),
+        case("int8 lora bf16", LLAMA, adapters=LORA, quantization="int8", precision="bf16"),
+        case("dora", LLAMA, adapters=({"type": "lora", "r": 16, "use_dora": True},)),
+        case("dora nf4", LLAMA, adapters=({"type": "lora", "r": 16, "use_dora": True},), quantization="nf4"),
+        case("lora and a whole head", LLAMA, adapters=({"type": "lora", "modules_to_save": ["lm_head"]},)),
+        case("ia3", LLAMA, adapters=({"type": "ia3"},)),
+        case("prompt tuning", LLAMA, adapters=({"type": "prompt_tuning"},)),
+        case("prefix tuning", LLAMA, adapters=({"type": "prefix_tuning"},)),
+        case("p-tuning", LLAMA, adapters=({"type": "p_tuning"},)),
+        case("gpt2 lora", GPT2, adapters=LORA),
+        case("gpt2 qlora", GPT2, adapters=LORA, quantization="nf4"),
+        case("t5 lora", T5, objective=SEQ2SEQ, adapters=LORA, rows=8),
+        case("bert lora", BERT, objective=CLASSES, adapters=LORA, rows=8),
+        case(
+            "bert qlora bf16",
+            BERT,
+            objective=CLASSES,
+            adapters=LORA,
+            quantization="nf4",
+            precision="bf16",
+            rows=8,
+        ),
     ]
 
 
@@ -155,10 +179,9 @@ def _several(world: int) -> list[Case]:
     def case(name: str, strategy: str, config: dict[str, Any] = LLAMA, **settings: Any) -> Case:
         return Case(f"{world} {strategy} {name}", config, world, {"strategy": strategy}, **settings)
 
-    lora = {"r": 16, "target_modules": LINEARS}
     cases = [
         case("llama", "ddp"),
-        case("lora bf16", "ddp", lora=lora, precision="bf16"),
+        case("lora bf16", "ddp", adapters=LORA, precision="bf16"),
         case("llama", "fsdp2"),
         case("deep checkpointing bf16", "fsdp2", DEEP, checkpointing=True, precision="bf16"),
         case("vocabulary bf16", "fsdp2", VOCABULARY, precision="bf16"),
@@ -218,10 +241,7 @@ class Result:
 def plan(case: Case, device: str) -> Breakdown:
     """The closed form for a case: what `tunesmith plan` prints for the row."""
     recipe = case.recipe()
-    lora = None
-    if case.lora is not None:
-        lora = Lora(case.lora["r"], tuple(case.lora["target_modules"]), case.lora.get("dropout", 0.0))
-    found = inspect(recipe, Path(), precision=case.precision, lora=lora, nf4=case.nf4)
+    found = inspect(recipe, Path(), precision=case.precision)
     shape = replace(found.workload.shape, padded=case.padded and not case.packing)
     found.workload = replace(found.workload, shape=shape)
     bucket = {} if case.bucket is None else {"bucket": case.bucket}

@@ -16,8 +16,9 @@ from tunesmith.fused_head import FusedHead
 from tunesmith.fusing import choose_head
 from tunesmith.model import override_dropout, resolve_path
 from tunesmith.planning.activations import Profile, Variant, profile, traced, vocabulary_of
-from tunesmith.planning.adapters import Lora, adapt, quantise
+from tunesmith.planning.adapters import attached
 from tunesmith.planning.layers import cut, find_stacks, uncut
+from tunesmith.planning.quantised import quantise
 from tunesmith.planning.tasks import Shape, source_length, target_length, task_of
 from tunesmith.planning.workload import Workload, units_of
 from tunesmith.recipe import Recipe
@@ -36,24 +37,25 @@ class Inspected:
     config: Any
     attention: str
     notes: list[str]
-    lora: Lora | None = None
-    nf4: bool = False
+    base: Path
     whole_logits: str | None = None  # why the loss needs them, as far as is known
     _profiles: dict[Variant, Profile] = field(default_factory=dict[Variant, Profile])
 
-    def model(self) -> Any:
-        """A new model on the meta device, without weights, frozen as the recipe says."""
+    def model(self, *, cuda: bool = True) -> Any:
+        """A new model on the meta device, without weights: quantised, with adapters and frozen as the recipe says,
+        with everything open that is ever trained."""
         with torch.device("meta"):
             model = self.workload.task.auto_class.from_config(
                 copy.deepcopy(self.config),
                 attn_implementation=self.attention,
                 trust_remote_code=self.recipe.model.trust_remote_code,
             ).float()
-        if self.nf4:
-            quantise(model)
-        if self.lora is not None:
-            adapt(model, self.lora)
-        apply_trainable(model, self.recipe.trainable)
+        quantization, trainable = self.recipe.model.quantization, self.recipe.trainable
+        if quantization is not None:
+            quantise(model, quantization, self.workload.precision, cuda=cuda)
+        if trainable.adapters:
+            model = attached(model, trainable.adapters, self.workload.task.auto_class_name, self.base)
+        apply_trainable(model, trainable)
         return model
 
     def variant(self, parallel: Parallel, checkpointing: bool, device: str) -> Variant:
@@ -73,7 +75,7 @@ class Inspected:
                 cut(model, work.stacks)
                 return profile(model, work.stacks, work.task, work.shape, variant, head)
 
-            self._profiles[variant] = self._with_the_head(of)
+            self._profiles[variant] = self._with_the_head(of, variant)
         return self._profiles[variant]
 
     def traced(self, variant: Variant, rows: int) -> Profile:
@@ -81,22 +83,26 @@ class Inspected:
         work = self.workload
         shape = Shape(rows, work.shape.length, work.shape.target_length, work.shape.padded, work.shape.packed)
         stacks = uncut(work.stacks)
-        return self._with_the_head(lambda model, head: traced(model, stacks, work.task, shape, variant, head))
+
+        def of(model: Any, head: FusedHead | None) -> Profile:
+            return traced(model, stacks, work.task, shape, variant, head)
+
+        return self._with_the_head(of, variant)
 
     def head(self, model: Any) -> FusedHead | str:
         """Whether the run would compute the loss of `model` without logits; why not."""
         return self.whole_logits or choose_head(self.recipe, model, cast(Any, self.workload.task))
 
-    def _with_the_head(self, trace: Callable[[Any, FusedHead | None], Profile]) -> Profile:
+    def _with_the_head(self, trace: Callable[[Any, FusedHead | None], Profile], variant: Variant) -> Profile:
         """What `trace` makes of a model, and of its head where the loss is computed without logits. The run would find
         at its start what cannot be (tunesmith.fusing), and use the model's own logits."""
-        model = self.model()
+        model = self.model(cuda=variant.cuda)
         head = self.head(model)
         if isinstance(head, FusedHead):
             try:
                 return trace(model, head)
             except ValueError as error:
-                why, model = str(error), self.model()
+                why, model = str(error), self.model(cuda=variant.cuda)
                 found = trace(model, None)
                 self.whole_logits = why
                 self.notes.append(f"the loss is computed from whole logits: {why}")
@@ -104,13 +110,11 @@ class Inspected:
         return trace(model, None)
 
 
-def inspect(
-    recipe: Recipe, base: Path, *, precision: str | None = None, lora: Lora | None = None, nf4: bool = False
-) -> Inspected:
-    """`base`: the folder that the recipe's paths are relative to; `lora` and `nf4` what recipes cannot say yet.
-    Raises UserError where there is no config to be had."""
+def inspect(recipe: Recipe, base: Path, *, precision: str | None = None, config: Any = None) -> Inspected:
+    """`base`: the folder that the recipe's paths are relative to; `config`: the model's, where it is known already.
+    Raises UserError where there is none to be had, or the recipe names what the model does not have."""
     notes: list[str] = []
-    config = _config(recipe, base, notes)
+    config = _config(recipe, base, notes) if config is None else _plain(config)
     attention = recipe.model.attn_implementation
     if attention not in {"eager", "sdpa"}:
         notes.append(f"attention: {attention} counted as sdpa, whose fused kernels keep the same tensors")
@@ -136,7 +140,7 @@ def inspect(
         _name(recipe), task, shape, chosen, recipe.optim, recipe.each_kernel, recipe.training.global_batch_size,
         root=units_of(torch.nn.Module(), [])[0], layers=(), stacks=(), buffers=0, can_checkpoint=False, vocabulary=0,
     )  # fmt: skip
-    found = Inspected(empty, recipe, config, attention, notes, lora, nf4)
+    found = Inspected(empty, recipe, config, attention, notes, base)
     model = found.model()
     if any(isinstance(term, TokenCrossEntropy) for term in task.terms):
         head = found.head(model)
@@ -162,6 +166,13 @@ def inspect(
         bool(model.supports_gradient_checkpointing),
         vocabulary_of(config),
     )
+    return found
+
+
+def _plain(config: Any) -> Any:
+    """Without what transformers notes in it of a quantised model: the plan quantises itself."""
+    found = copy.deepcopy(config)
+    vars(found).pop("quantization_config", None)
     return found
 
 

@@ -234,8 +234,8 @@ def values_are_asked() -> Generator[None]:
 
 
 def fake_parameters(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Puts fake parameters and buffers of the same shapes in the place of the module's own, in the active fake mode;
-    floating parameters in `dtype`. Tied parameters stay tied."""
+    """Puts fake tensors of the same shapes in the place of the module's parameters, buffers and others, in the active
+    fake mode; floating parameters in `dtype`. Tied parameters stay tied."""
     made: dict[int, nn.Parameter] = {}
     for part in module.modules():
         slots: Any = vars(part)  # setattr would refuse a parameter where a tied one sits
@@ -247,3 +247,14 @@ def fake_parameters(module: nn.Module, device: torch.device, dtype: torch.dtype)
             slots["_parameters"][name] = made[id(parameter)]
         for name, buffer in list(part.named_buffers(recurse=False, remove_duplicate=False)):
             slots["_buffers"][name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        for name, held in list(
+            slots.items()
+        ):  # PEFT keeps the numbers of its virtual tokens in a plain dictionary
+            if not name.startswith("_") and isinstance(held, dict):
+                found: dict[Any, Any] = held
+                slots[name] = {
+                    key: torch.empty(value.shape, dtype=value.dtype, device=device)
+                    if isinstance(value, Tensor)
+                    else value
+                    for key, value in found.items()
+                }

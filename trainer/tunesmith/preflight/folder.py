@@ -169,23 +169,47 @@ def room_findings(
 def room(recipe: Recipe, base: Path) -> tuple[int, int] | None:
     """Bytes that the run's checkpoints and final/ take: at least and at most; None where the model's files do not say
     its parameters. At least: what is kept while one more is written, if so many are made; at most: the best one is
-    kept besides."""
+    kept besides. With adapters both hold what is trained alone, as the model's files give the rest again."""
     from tunesmith.planning.optimizers import BF16_STATE_BYTES, state_bytes
 
     shapes = parameter_shapes(recipe, base)
     if not shapes:
         return None
-    numel, precision = sum(map(prod, shapes)), recipe.training.precision
-    weights = numel * (2 if precision.startswith("bf16_") else 4)
+    trained = adapted_shapes(recipe, base) if recipe.trainable.adapters else shapes
+    precision = recipe.training.precision
+    width = 2 if precision.startswith("bf16_") else 4
     rounded = BF16_STATE_BYTES.get(precision)
-    state = state_bytes(recipe.optim, shapes) if rounded is None else rounded * numel
+    adapters = width * sum(map(prod, trained))
+    final = adapters if recipe.trainable.adapters else width * sum(map(prod, shapes))
+    weights = final + (width * sum(map(prod, shapes)) if _saves_the_base(recipe) else 0)
+    state = state_bytes(recipe.optim, trained) if rounded is None else rounded * sum(map(prod, trained))
     kept = recipe.checkpoint.save_total_limit or 2
     saves = 1
     if isinstance(recipe.checkpoint.save_steps, int) and recipe.training.max_steps is not None:
         saves += recipe.training.max_steps // recipe.checkpoint.save_steps
     # what is frozen has no state
-    least = min(saves, kept + 1) * (weights + (0 if recipe.trainable.freeze else state)) + weights
-    return least, max(least, (kept + 2) * (weights + state) + weights)
+    least = min(saves, kept + 1) * (weights + (0 if recipe.trainable.freeze else state)) + final
+    return least, max(least, (kept + 2) * (weights + state) + final)
+
+
+def _saves_the_base(recipe: Recipe) -> bool:
+    """Whether checkpoints beside adapters hold the base too: where no files give it, or an adapter's start changes
+    it (tunesmith.assemble)."""
+    starts = [str(getattr(one, "init_lora_weights", "")) for one in recipe.trainable.adapters]
+    changes = any(start.startswith(("pissa", "olora", "loftq")) for start in starts)
+    return bool(recipe.trainable.adapters) and (changes or recipe.model.init != "pretrained")
+
+
+def adapted_shapes(recipe: Recipe, base: Path) -> list[tuple[int, ...]]:
+    """Of what is trained in a model with adapters, modules that are trained whole included; none where it cannot be
+    told (the run says why)."""
+    from tunesmith.planning.inspect import inspect
+
+    try:
+        units = inspect(recipe, base).workload.units
+    except (TunesmithError, OSError, ValueError, RuntimeError):
+        return []
+    return [p.shape for unit in units for p in unit.parameters if p.trainable]
 
 
 def parameter_shapes(recipe: Recipe, base: Path) -> list[tuple[int, ...]]:

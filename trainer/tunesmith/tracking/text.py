@@ -159,7 +159,8 @@ def shortened(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str,
 
 def memory_cells(row: Mapping[str, Any]) -> list[str]:
     """One row as texts, in the order of `MEMORY_COLUMNS`."""
-    rate, decay = row.get("learning_rate"), row.get("weight_decay")
+    never = row.get("trained_from") is None
+    rate, decay = (None if never else row.get(name) for name in ("learning_rate", "weight_decay"))
     return [
         str(row["tag"]),
         f"{row['parameters']:,}",
