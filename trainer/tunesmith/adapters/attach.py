@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.adapters import targets
+from tunesmith.adapters import checks, targets
 from tunesmith.adapters.chatter import heard
 from tunesmith.adapters.configs import PROMPTS, Task, first_line, folder_of, key, peft_config, task_of
 from tunesmith.adapters.state import entries, load_entries, read_file
@@ -19,8 +19,15 @@ from tunesmith.errors import UserError
 from tunesmith.recipe.adapters import Adapter, Lora, OtherPeft, PromptTuning
 from tunesmith.shapes import whole_numel
 
-_CHANGING = ("pissa", "olora")  # initialisations that take their product out of the base's weights
-_PEFT_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError)
+_PEFT_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    NotImplementedError,
+    ImportError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +61,20 @@ def attach(
     gathers them. Raises UserError."""
     kind, notes = task_of(task), list[str]()
     configs = [peft_config(adapter, kind, base) for adapter in adapters]
-    _check_together(adapters, configs, model)
+    checks.check_together(adapters, configs, model)
     heads, said = targets.head_modules(model, kind, new_weights)
-    fresh = _share_heads(adapters, configs, heads)
+    fresh = checks.share_heads(adapters, configs, heads)
+    whole = {name for config in configs for name in getattr(config, "modules_to_save", None) or []}
     for adapter, config in zip(adapters, configs, strict=True):
-        _check_alone(adapter, config, model, kind)
-        targets.resolve(adapter, config, model)
-        _keep_tied(adapter, config, model)
+        checks.check_alone(adapter, config, model, kind)
+        targets.resolve(adapter, config, model, whole)
+        checks.keep_tied(adapter, config, model)
+    shared = targets.sharing(model)
     before = _fingerprints(model) if any(isinstance(one, OtherPeft) for one in adapters) else []
     torch.manual_seed(seed)
     with heard(notes):
         peft = _wrapped(model, adapters, configs, kind)
+    checks.check_tied(adapters, model, shared)
     for adapter in adapters:
         _fill(peft, adapter, base, fresh, tokenizer)
     changes_base = _changed(adapters, configs, before)
@@ -87,113 +97,6 @@ def attach(
 def base_model(model: Any) -> Any:
     """The transformers model within a PeftModel; any other model as it is."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def _check_together(adapters: Sequence[Adapter], configs: Sequence[Any], model: Any) -> None:
-    names = [adapter.name for adapter in adapters]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"trainable.adapters: two are called {twice[0]}: give each a name of its own")
-    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
-    for adapter, config in zip(adapters, configs, strict=True):
-        if adapter.name in parts or adapter.name in str(config.peft_type.value).lower() + "_":
-            raise UserError(f"trainable.adapters: {adapter.name} is a name within the model: choose another")
-    if len(adapters) < 2:
-        return
-    kinds = [str(config.peft_type.value) for config in configs]
-    if len(set(kinds)) > 1:
-        raise UserError(f"trainable.adapters: {' and '.join(sorted(set(kinds)))} cannot be active together in PEFT")
-    if kinds[0] in PROMPTS:
-        raise UserError(f"trainable.adapters: only one {kinds[0]} can be active in PEFT")
-    for adapter, config in zip(adapters, configs, strict=True):
-        if str(getattr(config, "init_lora_weights", "")).startswith(_CHANGING):
-            raise UserError(
-                f"{key(adapter)}.init_lora_weights: {config.init_lora_weights} changes the base that the other "
-                "adapters stand on: use one adapter"
-            )
-    if sum(getattr(config, "bias", "none") != "none" for config in configs) > 1:
-        raise UserError("trainable.adapters: bias: only one adapter can train the base's biases")
-
-
-def _share_heads(adapters: Sequence[Adapter], configs: Sequence[Any], heads: list[str]) -> set[str]:
-    """Names the head's modules among `modules_to_save` of one adapter, unless a folder brings them. Returns those that
-    no folder brings."""
-    holders = [
-        set(config.modules_to_save or []) if hasattr(config, "modules_to_save") else set[str]()
-        for config in configs
-    ]
-    for module in sorted(set[str]().union(*holders, heads)):
-        having = [a.name for a, held in zip(adapters, holders, strict=True) if module in held]
-        if len(having) > 1:
-            raise UserError(f"trainable.adapters: {' and '.join(having)} both hold a {module}, and one is used")
-    missing = [module for module in heads if not any(module in held for held in holders)]
-    if missing:
-        at = next((i for i, adapter in enumerate(adapters) if adapter.trainable), 0)
-        if not hasattr(configs[at], "modules_to_save"):
-            raise UserError(
-                f"{key(adapters[at])}: {configs[at].peft_type.value} has no modules_to_save, which would hold "
-                f"{', '.join(missing)}"
-            )
-        configs[at].modules_to_save = [*(configs[at].modules_to_save or []), *missing]
-    return set(missing)
-
-
-def _check_alone(adapter: Adapter, config: Any, model: Any, task: Task) -> None:
-    kind = str(config.peft_type.value)
-    settings = model.config
-    quantised = bool(getattr(model, "is_quantized", False))
-    partitioned = any(hasattr(p, "ds_shape") for p in model.parameters())
-    start = str(getattr(config, "init_lora_weights", ""))
-    if kind in PROMPTS and getattr(settings, "is_encoder_decoder", False) and task != "seq2seq":
-        raise UserError(f"{key(adapter)}: {adapter.type} works on an encoder-decoder for seq2seq alone; use lora")
-    if isinstance(adapter, OtherPeft) and kind != "LORA" and partitioned:
-        raise UserError(f"{key(adapter)}: {kind} reads weights that ZeRO-3 has partitioned; use zero2, or lora")
-    if start.startswith(_CHANGING):
-        if quantised:
-            raise UserError(f"{key(adapter)}.init_lora_weights: {start} needs a base that is not quantised; use loftq")
-        if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
-            raise UserError(
-                f"{key(adapter)}.init_lora_weights: {start} with use_rslora and rank_pattern or alpha_pattern cannot "
-                "be saved for the base as its files have it"
-            )
-        if start == "olora" and any(_lies_across(m) for m in model.modules()):
-            raise UserError(f"{key(adapter)}.init_lora_weights: olora takes Conv1D's weights the wrong way round in PEFT")
-    if isinstance(adapter, Lora) and adapter.init_lora_weights == "loftq" and adapter.path is None:
-        files = Path(str(getattr(model, "name_or_path", "")))
-        if not quantised or not files.is_dir():
-            raise UserError(
-                f"{key(adapter)}.init_lora_weights: loftq makes up for the error of a quantised base: it needs "
-                "model.quantization: nf4, and a folder of safetensors as model.model_name_or_path"
-            )
-
-
-def _lies_across(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
-def _keep_tied(adapter: Adapter, config: Any, model: Any) -> None:
-    """Where the head's weight is the embedding's, what changes one must change the other."""
-    if not targets.tied(model):
-        return
-    both = [model.get_input_embeddings(), model.get_output_embeddings()]
-    names = [name for name, module in model.named_modules() if module in both]
-    saved = [name for name in names if _named(name, getattr(config, "modules_to_save", None) or [])]
-    asked: Any = getattr(config, "target_modules", None)
-    if asked and not isinstance(asked, str) and (held := [name for name in names if _named(name, asked)]):
-        raise UserError(
-            f"{key(adapter)}.target_modules: {held[0]} shares its weight with the model's other end: use "
-            "modules_to_save, or trainable_token_indices"
-        )
-    if saved or getattr(config, "trainable_token_indices", None):
-        if not hasattr(config, "ensure_weight_tying"):
-            raise UserError(f"{key(adapter)}.modules_to_save: {saved[0]} is tied, which only lora keeps so")
-        config.ensure_weight_tying = True
-        config.__post_init__()
-
-
-def _named(name: str, endings: Collection[str]) -> bool:
-    return any(name == one or name.endswith(f".{one}") for one in endings)
 
 
 def _wrapped(model: Any, adapters: Sequence[Adapter], configs: Sequence[Any], task: Task) -> Any:
@@ -257,8 +160,10 @@ def _sums(parameter: nn.Parameter) -> Tensor:
     return torch.stack([values.sum(), values.square().sum()])
 
 
-def _changed(adapters: Sequence[Adapter], configs: Sequence[Any], before: list[tuple[nn.Parameter, Tensor]]) -> bool:
-    if any(str(getattr(config, "init_lora_weights", "")).startswith(_CHANGING) for config in configs):
+def _changed(
+    adapters: Sequence[Adapter], configs: Sequence[Any], before: list[tuple[nn.Parameter, Tensor]]
+) -> bool:
+    if any(str(getattr(config, "init_lora_weights", "")).startswith(checks.CHANGING) for config in configs):
         return True
     if any(not torch.equal(_sums(p), sums) for p, sums in before):
         raise UserError(
@@ -278,7 +183,7 @@ def _initial(peft: Any, adapters: Sequence[Adapter], configs: Sequence[Any]) -> 
             if ".lora_A." in entry or ".lora_B." in entry
         }
         for adapter, config in zip(adapters, configs, strict=True)
-        if str(getattr(config, "init_lora_weights", "")).startswith(_CHANGING)
+        if str(getattr(config, "init_lora_weights", "")).startswith(checks.CHANGING)
     }
 
 
@@ -321,12 +226,18 @@ def _facts(peft: Any, adapter: Adapter, config: Any) -> dict[str, Any]:
         "type": kind,
         "parameters": sum(whole_numel(p) for p in own),
         "trainable_parameters": sum(whole_numel(p) for p in own if p.requires_grad),
-        "task_type": None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type)),
+        "task_type": None
+        if config.task_type is None
+        else str(getattr(config.task_type, "value", config.task_type)),
     }
     if kind in PROMPTS:
         return facts | {"virtual_tokens": int(config.num_virtual_tokens)}
     hold = sorted(
-        {name.split(mark)[0].removeprefix("base_model.model.") for name in held for mark in _marks(name, adapter.name)}
+        {
+            name.split(mark)[0].removeprefix("base_model.model.")
+            for name in held
+            for mark in _marks(name, adapter.name)
+        }
     )
     leaves = Counter(name.rpartition(".")[2] for name in hold)
     return facts | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 _NO_NEWS = (
     "fan_in_fan_out is set to",  # Conv1D's weights lie the other way round: PEFT sees it, and says so
     "Setting `save_embedding_layers`",
+    "Failed to load the CUDA extension",  # of BOFT, which then computes without it
     "Could not find a config file in",
 )
 
@@ -17,6 +19,9 @@ _NO_NEWS = (
 @contextmanager
 def heard(notes: list[str]) -> Generator[None]:
     """Within it, warnings become notes: their first line each, once; those about the code of libraries are dropped."""
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # which PEFT imports, and which misses faster kernels
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

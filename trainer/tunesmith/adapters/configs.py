@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tunesmith.errors import UserError
-from tunesmith.recipe.adapters import IA3, Adapter, Existing, Lora, OtherPeft, PrefixTuning, PromptTuning, PTuning
+from tunesmith.recipe.adapters import (
+    IA3,
+    Adapter,
+    Existing,
+    Lora,
+    OtherPeft,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+)
 
 Task = Literal["causal_lm", "seq2seq", "sequence", "token", "question_answering", "masked_lm"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -44,11 +53,26 @@ _REFUSED = {
     "MULTITASK_PROMPT_TUNING": "it wants a task id with every row",
     "CPT": "it wants a type with every token, and a loss of its own",
     "CARTRIDGE": "it is distilled from a corpus, not trained on rows",
+    "SHADOW": "its layers hand each other what is no tensor",
     "ADAPTION_PROMPT": "PEFT puts it into the layers of old versions of transformers",
 }
-_OWN = {"IA3": "ia3", "PROMPT_TUNING": "prompt_tuning", "PREFIX_TUNING": "prefix_tuning", "P_TUNING": "p_tuning"}
+_OWN = {
+    "IA3": "ia3",
+    "PROMPT_TUNING": "prompt_tuning",
+    "PREFIX_TUNING": "prefix_tuning",
+    "P_TUNING": "p_tuning",
+}
 _NEEDS_DATA = {"eva", "corda", "lora_ga"}  # initialisations that look at activations or gradients first
-_OURS = {"type", "name", "path", "trainable", "loraplus_lr_ratio", "peft_type", "config", "prompt_tuning_init_text"}
+_OURS = {
+    "type",
+    "name",
+    "path",
+    "trainable",
+    "loraplus_lr_ratio",
+    "peft_type",
+    "config",
+    "prompt_tuning_init_text",
+}
 _KINDS = {
     "lora": "LORA",
     "ia3": "IA3",
@@ -129,7 +153,9 @@ def _other(adapter: OtherPeft, task: Task) -> Any:
         raise UserError(f"{key(adapter)}.peft_type: {kind} cannot be trained here: {_REFUSED[kind]}")
     if kind not in known:
         hint = _meant(kind, known)
-        raise UserError(f"{key(adapter)}.peft_type: there is no {adapter.peft_type}{hint}; known: {', '.join(known)}")
+        raise UserError(
+            f"{key(adapter)}.peft_type: there is no {adapter.peft_type}{hint}; known: {', '.join(known)}"
+        )
     if kind in _OWN:
         raise UserError(f"{key(adapter)}: {kind} has a type of its own: type: {_OWN[kind]}")
     config_class = classes[PeftType(kind)]
@@ -140,16 +166,22 @@ def _built(adapter: Adapter, config_class: Any, fields: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(config_class) if field.init}
     for name in fields:
         if name not in known:
-            raise UserError(f"{key(adapter)}: {config_class.__name__} has no {name}{_meant(name, sorted(known))}")
+            raise UserError(
+                f"{key(adapter)}: {config_class.__name__} has no {name}{_meant(name, sorted(known))}"
+            )
     if fields.get("init_lora_weights") in _NEEDS_DATA:
         raise UserError(
             f"{key(adapter)}.init_lora_weights: {fields['init_lora_weights']} looks at data before training, which is "
             "not done here; use pissa, olora or orthogonal"
         )
+    layers = fields.pop("layers_to_transform", None)
     try:
-        return config_class(**fields)
+        config = config_class(**fields)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{key(adapter)}: {first_line(error)}") from None
+    if layers is not None:  # which PEFT takes beside a list of names alone; `resolve` makes one
+        config.layers_to_transform = layers
+    return config
 
 
 def _of_folder(adapter: Adapter, base: Path) -> Any:
@@ -169,7 +201,9 @@ def _of_folder(adapter: Adapter, base: Path) -> Any:
     for name, given in _given(adapter).items():
         if _plain(getattr(config, name, None)) != _plain(given):
             saved = _plain(getattr(config, name, None))
-            raise UserError(f"{key(adapter)}.{name}: is {given}, but {folder} was trained with {saved}: leave it out")
+            raise UserError(
+                f"{key(adapter)}.{name}: is {given}, but {folder} was trained with {saved}: leave it out"
+            )
     made = kind in PROMPTS and (getattr(config, "prefix_projection", False) or kind == "P_TUNING")
     if made and adapter.trainable:
         raise UserError(

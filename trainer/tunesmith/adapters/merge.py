@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
-
+from tunesmith import quantization
 from tunesmith.adapters.chatter import heard
 from tunesmith.adapters.configs import PROMPTS, first_line
 from tunesmith.adapters.save import adapter_state
@@ -28,7 +27,7 @@ def merge(model: Any) -> Any:
         raise UserError(f"--merge: PEFT cannot merge {kinds[0]}: export the adapter itself")
     with heard([]):
         try:
-            if getattr(model.get_base_model(), "is_quantized", False):
+            if quantization.is_quantized(model):
                 model = _dequantised(model)
             merged = model.merge_and_unload(safe_merge=True)
         except _PEFT_ERRORS as error:
@@ -44,13 +43,13 @@ def _dequantised(model: Any) -> Any:
     """The same adapters on the base's weights in fp32: PEFT's merge into a quantised layer would quantise again."""
     from peft import PeftModel
 
-    whole = model.state_dict()
-    saved = {name: {k: v.cpu().clone() for k, v in s.items()} for name, s in adapter_state(model, whole, ()).items()}
+    assert not model.initial_adapters, (
+        "an initialisation that changes the base does not go with a quantised one"
+    )
+    state = adapter_state(model, model.state_dict(), ())
+    saved = {name: {entry: v.cpu().clone() for entry, v in own.items()} for name, own in state.items()}
     configs = {name: copy.deepcopy(config) for name, config in model.peft_config.items()}
-    biases = {name: p for name, p in model.named_parameters() if name.endswith(".bias") and p.requires_grad}
-    assert not model.initial_adapters, "an initialisation that changes the base does not go with a quantised one"
-    base = model.unload()
-    base = base.dequantize(dtype=torch.float32)
+    base = quantization.dequantized(model.unload())
     first, *others = configs
     again: Any = PeftModel(base, configs[first], first)
     for name in others:
@@ -59,5 +58,4 @@ def _dequantised(model: Any) -> Any:
     again.initial_adapters = {}
     for name, tensors in saved.items():
         load_entries(again, name, tensors, "the adapter in memory")
-    del biases
     return again

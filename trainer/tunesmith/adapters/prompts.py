@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -34,14 +34,15 @@ class PromptModel(PeftModel):
     @property
     def virtual(self) -> int:
         """The number of virtual tokens."""
-        return int(self.active_peft_config.num_virtual_tokens)
+        config: Any = self.active_peft_config
+        return int(config.num_virtual_tokens)
 
     def forward(self, **inputs: Any) -> Any:
-        rows = inputs["input_ids"].shape[0]
+        rows, model = inputs["input_ids"].shape[0], cast(Any, self.base_model)
         if self.prefixes:
-            return self.base_model(**self._behind_keys(inputs), past_key_values=self.get_prompt(rows))
+            return model(**self._behind_keys(inputs), past_key_values=self.get_prompt(rows))
         with self._embedded():
-            outputs = self.base_model(**self._behind_tokens(inputs))
+            outputs = model(**self._behind_tokens(inputs))
         if not self._encoder_decoder:
             for name in _OF_TOKENS:
                 if name in outputs and self._per_token(outputs[name], inputs["input_ids"]):
@@ -51,13 +52,14 @@ class PromptModel(PeftModel):
     def generate(self, **options: Any) -> Tensor:
         """Ids as the base model's `generate` returns them: [rows, tokens]."""
         rows = options["input_ids"].shape[0] * (options.get("num_beams") or 1)
+        model: Any = self.base_model
         if "attention_mask" not in options:
             options["attention_mask"] = torch.ones_like(options["input_ids"])
         if self.prefixes:
             past = self.get_prompt(rows)
-            return self.base_model.generate(**self._behind_keys(options), past_key_values=past)
+            return model.generate(**self._behind_keys(options), past_key_values=past)
         with self._embedded():
-            found: Tensor = self.base_model.generate(**self._behind_tokens(options))
+            found: Tensor = model.generate(**self._behind_tokens(options))
         return found if self._encoder_decoder else found[:, self.virtual :]
 
     @property

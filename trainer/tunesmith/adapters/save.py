@@ -74,12 +74,16 @@ def save(model: Any, folder: Path, whole: Mapping[str, Tensor], extra: Collectio
         place.mkdir(parents=True, exist_ok=True)
         empty = [name for name, value in tensors.items() if value.numel() == 0]
         if empty or not tensors:
-            raise MachineError(f"{place}: the adapter {adapter} has no values for {', '.join(empty[:3]) or 'anything'}")
+            raise MachineError(
+                f"{place}: the adapter {adapter} has no values for {', '.join(empty[:3]) or 'anything'}"
+            )
         # tied tensors and views are written each by itself
         apart = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
         try:
             save_file(apart, place / FILE, metadata={"format": "pt"})
-            saved_config(model, adapter).save_pretrained(str(place), auto_mapping_dict=_mapping(model, adapter))
+            saved_config(model, adapter).save_pretrained(
+                str(place), auto_mapping_dict=_mapping(model, adapter)
+            )
             _check_file(place / FILE, apart)
         except OSError as error:
             raise MachineError(f"{place}: cannot be written: {error.strerror or error}") from None

@@ -33,7 +33,9 @@ def entries(model: Any, adapter: str) -> dict[str, str]:
         for name, module in model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 own: Any = module
-                inner = {k.removeprefix(f"{name}."): v for k, v in stand_ins.items() if k.startswith(f"{name}.")}
+                inner = {
+                    k.removeprefix(f"{name}."): v for k, v in stand_ins.items() if k.startswith(f"{name}.")
+                }
                 found |= {f"{name}.{k}": v for k, v in own.adapter_state_dict(adapter, inner).items()}
     else:
         with heard([]):
@@ -79,7 +81,9 @@ def read_file(folder: str | Path) -> dict[str, Tensor]:
     try:
         return load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: holds no weights of an adapter: {' '.join(str(error).split())[:160]}") from None
+        raise UserError(
+            f"{folder}: holds no weights of an adapter: {' '.join(str(error).split())[:160]}"
+        ) from None
 
 
 @torch.no_grad()

@@ -31,9 +31,10 @@ def linear_names(model: Any) -> list[str]:
     ]
 
 
-def resolve(adapter: Adapter, config: Any, model: Any) -> None:
+def resolve(adapter: Adapter, config: Any, model: Any, whole: Collection[str]) -> None:
     """Checks every name in PEFT's config against the model, in place: `all-linear`, and whatever is restricted to some
-    layers, becomes a list of whole names. Raises UserError for a name that matches nothing."""
+    layers, becomes a list of whole names. `whole`: the modules that some adapter trains whole, which all-linear leaves
+    out. Raises UserError for a name that matches nothing."""
     names = [name for name, _ in model.named_modules() if name]
     asked = getattr(config, "target_modules", None)
     prefix = key(adapter)
@@ -42,7 +43,7 @@ def resolve(adapter: Adapter, config: Any, model: Any) -> None:
     if asked is not None:
         hold = linear_names(model) if asked == ALL_LINEAR else _each(f"{prefix}.target_modules", asked, names)
         if asked == ALL_LINEAR:
-            hold = [name for name in hold if not any(_within(name, part) for part in saved)]
+            hold = [name for name in hold if not any(_within(name, part) for part in whole)]
             config.target_modules = set(hold)
         layers = getattr(config, "layers_to_transform", None)
         if layers is not None:
@@ -89,7 +90,9 @@ def _in_layers(where: str, names: Iterable[str], layers: int | Sequence[int]) ->
     numbered = {name: int(found[1]) for name in names if (found := _LAYER.match(name))}
     if missing := asked - set(numbered.values()):
         have = f"0 to {max(numbered.values())}" if numbered else "none"
-        raise UserError(f"{where}: there is no layer {min(missing)} among the target modules (layers: {have})")
+        raise UserError(
+            f"{where}: there is no layer {min(missing)} among the target modules (layers: {have})"
+        )
     return [name for name, layer in numbered.items() if layer in asked]
 
 
@@ -124,7 +127,9 @@ def head_modules(model: Any, task: Task, new_weights: Collection[str]) -> tuple[
         module: nn.Module = model.get_submodule(owner)
         if output is not None and any(part is output for part in module.modules()):
             # drawn as zeros, and part of a module whose weight is the embedding: not worth a copy of that
-            notes.append(f"{parameter} is new, and stays as it is: an adapter cannot hold it apart from its head")
+            notes.append(
+                f"{parameter} is new, and stays as it is: an adapter cannot hold it apart from its head"
+            )
             continue
         found.append(owner)
     return found, notes
@@ -140,3 +145,14 @@ def tied(model: Any) -> bool:
     head = None if find is None else find()
     embedding = model.get_input_embeddings()
     return head is not None and embedding is not None and head.weight is embedding.weight
+
+
+def sharing(model: Any) -> list[str]:
+    """The modules whose weight is the input embedding's, where there are several."""
+    embedding = model.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if weight is None:
+        return []
+    modules = model.named_modules(remove_duplicate=False)
+    found = [name for name, module in modules if module._parameters.get("weight") is weight]
+    return found if len(found) > 1 else []
