@@ -30,12 +30,14 @@ from tunesmith.loss_scale import LossScale
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.optim import Spec, describe
+from tunesmith.planning.groups import memory_table
 from tunesmith.precision import choose, round_parameters
 from tunesmith.preflight.agree import Preflight, agree
 from tunesmith.preflight.content import weights_digests
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import dump_recipe
+from tunesmith.recipe.parallel import Parallel
 from tunesmith.recipe.paths import resolve_paths
 from tunesmith.recipe.schedule import ReduceOnPlateau
 from tunesmith.run_dir import Resume, open_run_dir
@@ -67,7 +69,7 @@ def run(recipe: Recipe, base: Path, how: Resume) -> None:
         try:
             if preflight is not None:
                 preflight.sums(engine.device)
-            _train(recipe, base, how, engine, run_dir, stop, started, preflight, why)
+            _train(recipe, base, how, engine, run_dir, stop, started, preflight, settled.parallel, why)
         finally:
             engine.close()
 
@@ -81,6 +83,7 @@ def _train(
     stop: StopRequest,
     started: float,
     preflight: Preflight | None,
+    parallel: Parallel,
     engine_why: str,
 ) -> None:
     checkpoint = open_run_dir(engine, run_dir, how)
@@ -117,7 +120,8 @@ def _train(
     # compiled before the engine wraps: what it hangs on the layers stays outside their graphs
     compiled = compile_layers(built.model) if recipe.training.torch_compile else 0
     module = TrainModule(built.model, objective, precision)
-    groups = group_facts(module, spec)
+    settled = recipe.model_copy(update={"parallel": parallel})
+    groups = memory_table(group_facts(module, spec), settled, engine.world_size)
     engine.rebuilt = built.rebuilt()
     engine.prepare(module, built.fill, spec)
 
