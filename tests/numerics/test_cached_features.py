@@ -3,6 +3,7 @@ same weights, the same evaluation; for every objective with a head, on one proce
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from objective_cases import (
     Run,
     assert_same_curves,
     assert_same_weights,
+    read_result,
     recipe,
 )
 from tunesmith import optim
@@ -34,7 +36,7 @@ from tunesmith.model import load_model
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.recipe import Recipe
-from tunesmith.run import build_stream
+from tunesmith.run import Resume, build_stream, run
 from tunesmith.step import train_step
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 
@@ -228,3 +230,21 @@ def test_engines_that_shard_are_refused(train: Run, strategy: str) -> None:
         RuntimeError, match=rf"cache_features: parallel\.strategy: {strategy} spreads a backbone"
     ):
         train("single_label", SGD, TWO, 2, trainable=CACHED, parallel={"strategy": strategy})
+
+
+def test_a_resumed_run_ends_with_the_same_bits(workshop: Path, tmp_path: Path) -> None:
+    """On the features that the first run left."""
+    made = recipe(
+        workshop, CASES["single_label"], ADAMW, WHOLE, STEPS, trainable=CACHED, data={"cache_dir": str(tmp_path)},
+        model={"config": {"classifier_dropout": 0.3}}, checkpoint={"save_steps": 3, "save_total_limit": None},
+        output_dir=str(tmp_path / "runs"), run_name="whole",
+    )  # fmt: skip
+    run(made, workshop, Resume())
+    whole, again = tmp_path / "runs" / "whole", tmp_path / "runs" / "again"
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / f"checkpoint-{STEPS}")
+    shutil.rmtree(again / "final")
+    run(made.model_copy(update={"run_name": "again"}), workshop, Resume(resume=True))
+    expected, found = read_result(whole), read_result(again)
+    assert found.facts["cached_features_computed_rows"] == 0
+    assert all(torch.equal(value, found.weights[name]) for name, value in expected.weights.items())
