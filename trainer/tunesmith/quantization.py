@@ -77,6 +77,10 @@ def load(
     if not is_quantized(model):
         raise UserError(f"model.quantization: {type(model).__name__} has no linear layer to quantise")
     _take_over(model)
+    # what is not quantised lies in the mapped files: while any of it does, all that was read of them stays resident
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not is_quantized_parameter(tensor):
+            tensor.data = tensor.data.clone()
     return model, found
 
 
