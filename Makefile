@@ -13,7 +13,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: install quickstart bench bench-kernels lint format test test-slow test-all clean
+.PHONY: install quickstart bench bench-kernels lint format test test-slow test-all matrix clean
 
 install: $(INSTALLED)
 
@@ -69,6 +69,11 @@ test-slow: install
 
 test-all: install
 	$(PYTEST)
+
+# Adapters on every model and engine, into docs/adapters-matrix.json and .md: a fixed part of it is in the tests.
+# MATRIX: words that cells' names hold, such as `ia3 zero3`, for these alone.
+matrix: install
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.matrix $(MATRIX)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache
