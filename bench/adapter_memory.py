@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from measure_memory import Case, alone, measure, resident
 
@@ -46,11 +45,6 @@ def cases() -> list[Case]:
     return found
 
 
-def predicted(case: Case, process_bytes: int) -> dict[str, Any]:
-    """As a run of the case would say at its start."""
-    return predict_peak(case.recipe(), Path(), Built(None, 1, "cpu", case.rows, case.length, process_bytes))
-
-
 def main() -> None:
     import torch
     import transformers  # noqa: F401 — once, for all children
@@ -64,11 +58,12 @@ def main() -> None:
     print(f"{'':26}" + f"{'predicted':>12}{'measured':>12}{'error':>10}" * 2)
     for case in cases():
         peak = alone(lambda case=case: {"peak": measure(case)[0]})["peak"]
-        before, process = alone(lambda case=case: {"resident": resident(case)})["resident"]
+        so_far, process = alone(lambda case=case: {"resident": resident(case)})["resident"]
+        built = Built(None, 1, "cpu", case.rows, case.length, so_far)
+        told = alone(lambda case=case, built=built: predict_peak(case.recipe(), Path(), built))
         line = f"{case.name:26}"
-        for held, most in ((0, peak), (before, process)):
-            told = alone(lambda case=case, held=held: predicted(case, held))["bytes"]
-            line += f"{told / MIB:12.1f}{most / MIB:12.1f}{told / most - 1:10.1%}"
+        for predicted, measured in ((sum(told["parts"].values()), peak), (told["bytes"], process)):
+            line += f"{predicted / MIB:12.1f}{measured / MIB:12.1f}{predicted / measured - 1:10.1%}"
         print(line, flush=True)
 
 

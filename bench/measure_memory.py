@@ -160,6 +160,9 @@ def _build(case: Case, engine: Any) -> tuple[Any, Any, Any]:
 
     built = assemble(recipe, Path(), Objective(), _NoTokenizer(), engine.device, empty=engine.builds_empty)  # type: ignore[arg-type]
     apply_trainable(built.model, recipe.trainable)
+    for parameter in built.model.parameters():  # safetensors maps files, which no allocator counts
+        if type(parameter) is torch.nn.Parameter and not parameter.is_meta:
+            parameter.data = parameter.data.clone()
     torch.manual_seed(0)
     return TrainModule(built.model, task, case.precision), built.fill, task  # type: ignore[arg-type]
 
@@ -179,7 +182,13 @@ def _buckets(case: Case) -> Iterator[None]:
         module._BUCKET = before
 
 
-def _run(case: Case, engine: Any, built: tuple[Any, Any, Any] | None) -> None:
+def _run(
+    case: Case,
+    engine: Any,
+    built: tuple[Any, Any, Any] | None,
+    probed: Callable[[], None] = lambda: None,
+) -> None:
+    """Some steps; `probed` is called when one forward and backward are done."""
     import torch
 
     from tunesmith.fused_head import FusedHead
@@ -197,6 +206,7 @@ def _run(case: Case, engine: Any, built: tuple[Any, Any, Any] | None) -> None:
     batches = _batches(case, task, config, engine.rank)
     engine.module.train()
     engine.rehearse(batches[0], torch.ones(len(task.terms), device=engine.device))
+    probed()
     scale = LossScale(case.precision == "fp16", engine.device)
     broken = torch.zeros((), device=engine.device)
     for step in range(STEPS):
@@ -262,17 +272,15 @@ def measure(case: Case) -> tuple[int, list[tuple[int, int]]]:
 
 
 def resident(case: Case) -> tuple[int, int]:
-    """(bytes of the process before there is a model, the most that it ever held) on the CPU, without a profiler."""
-    import psutil
-
+    """(the most that the process has held when one forward and backward are done, the most that it ever held), in
+    bytes, on the CPU and without a profiler."""
     from tunesmith.engine import build_engine
     from tunesmith.memory import peak_memory_bytes
 
-    engine = build_engine(case.recipe())
+    engine, found = build_engine(case.recipe()), list[int]()
     try:
-        before = psutil.Process().memory_info().rss
-        _run(case, engine, None)
-        return before, peak_memory_bytes(engine.device)
+        _run(case, engine, None, lambda: found.append(peak_memory_bytes(engine.device)))
+        return found[0], peak_memory_bytes(engine.device)
     finally:
         engine.close()
 

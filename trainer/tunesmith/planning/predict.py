@@ -10,6 +10,7 @@ from tunesmith.errors import UserError
 from tunesmith.planning.inspect import inspect
 from tunesmith.planning.memory import PARTS, Setup, estimate
 from tunesmith.recipe import Recipe
+from tunesmith.recipe.optim import SGD
 
 # what tracing foreign code without data may raise: the run does not need the prediction
 _FAULTS = (UserError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -18,20 +19,22 @@ _FAULTS = (UserError, ArithmeticError, AttributeError, LookupError, RuntimeError
 @dataclass(frozen=True, slots=True)
 class Built:
     """What a run has found out when it reports: the model's `config`, the `world_size` and `device` type, the rows of
-    its largest micro-batch, the tokens of its `longest` row (None: data.max_length), and `process_bytes`, which the
-    process held before there was a model (0 on an accelerator, where the peak is the allocator's)."""
+    its largest micro-batch, the tokens of its `longest` row (None: data.max_length), and `process_peak`: bytes, the
+    most that the process has held when one forward and backward of that micro-batch are done, and no step yet (0 on
+    an accelerator, where the peak is the allocator's)."""
 
     config: Any
     world_size: int
     device: str
     rows: int
     longest: int | None = None
-    process_bytes: int = 0
+    process_peak: int = 0
 
 
 def predict_peak(recipe: Recipe, base: Path, built: Built) -> dict[str, Any]:
-    """`bytes` of the peak on one device, `moment` and `parts` of it in bytes, `process_bytes`; or `bytes` None and
-    `why`. `recipe.parallel` is a strategy, not auto."""
+    """`bytes` of the peak on one device, `moment` and `parts` of it in bytes, `process_bytes`: what the process holds
+    beside (libraries, and what its allocator keeps), as that one backward showed; or `bytes` None and `why`.
+    `recipe.parallel` is a strategy, not auto."""
     try:
         found = inspect(recipe, base, config=built.config)
         if built.longest is not None and not found.workload.shape.target_length:
@@ -40,12 +43,16 @@ def predict_peak(recipe: Recipe, base: Path, built: Built) -> dict[str, Any]:
         checkpointing = recipe.model.gradient_checkpointing
         setup = Setup(recipe.parallel, built.world_size, built.rows, checkpointing, built.device)
         variant = found.variant(recipe.parallel, checkpointing, built.device)
-        memory = estimate(found.workload, setup, found.profile(variant))
+        profile = found.profile(variant)
+        memory = estimate(found.workload, setup, profile)
+        stateless = replace(found.workload, optim=SGD(name="sgd", learning_rate=1.0))
+        before_a_step = estimate(stateless, setup, profile).total
     except _FAULTS as error:
         return {"bytes": None, "why": f"{type(error).__name__}: {error}".splitlines()[0]}
+    beside = max(0, built.process_peak - round(before_a_step))
     return {
-        "bytes": round(memory.total) + built.process_bytes,
+        "bytes": round(memory.total) + beside,
         "moment": memory.moment,
         "parts": {name: round(getattr(memory, name)) for name in PARTS},
-        "process_bytes": built.process_bytes,
+        "process_bytes": beside,
     }

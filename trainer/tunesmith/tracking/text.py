@@ -190,5 +190,5 @@ def peak_line(peak: Mapping[str, Any]) -> str:
         return f"no peak predicted: {peak.get('why')}"
     before = peak.get("process_bytes", 0)
     parts = [f"{name} {size(amount)}" for name, amount in peak.get("parts", {}).items() if amount]
-    parts += [f"the process without the model {size(before)}"] if before else []
+    parts += [f"the process beside these {size(before)}"] if before else []
     return f"predicted peak {size(peak['bytes'])}, {peak['moment']}: {', '.join(parts)}"
