@@ -175,6 +175,9 @@ def export(
     checkpoint: Checkpoint = None,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the weights.")] = "fp32",
     max_shard_size: Annotated[str, typer.Option(help="The most that a file of weights holds.")] = "5GB",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapters into the (dequantised) base; else they alone.")
+    ] = False,
 ) -> None:
     """Write a finished run as a Hugging Face folder, and verify it.
 
@@ -185,9 +188,13 @@ def export(
     from tunesmith.commands.finished import open_run
     from tunesmith.tracking.text import size
 
-    found = export(open_run(run_dir, checkpoint), target, dtype, max_shard_size)
+    found = export(open_run(run_dir, checkpoint), target, dtype, max_shard_size, merge=merge)
+    weights = {
+        "model": f"its weights are those of the run in {dtype}; outputs",
+        "adapter": f"with the base, the adapter's outputs in {dtype}",
+        "merged": f"the merged model's outputs in {dtype}",
+    }[found.what]
     print(
-        f"{found.target}: {found.parameters:,} parameters, {size(found.bytes)}. Loaded again, its weights are those "
-        f"of the run in {dtype}; outputs differ from the trained fp32 model's by at most {found.difference:.3g} "
-        f"(the largest output is {found.scale:.3g})"
+        f"{found.target}: {found.parameters:,} parameters, {size(found.bytes)}. Loaded again, {weights} differ from "
+        f"the trained fp32 model's by at most {found.difference:.3g} (the largest output is {found.scale:.3g})"
     )

@@ -133,12 +133,11 @@ def test_every_method_on_every_family(base: Base, tmp_path: Path, method: str, f
     assert all(value.numel() for value in file.values())
     heads = [name for name in file if name.endswith(("classifier.weight", "qa_outputs.weight"))]
     assert len(heads) == (family in ("bert_single", "bert_tags", "bert_qa"))
-    # what an encoder made is computed for one row in the file's making, for several in a batch
     again = put(base(family), family, settings)
     load(again.model, tmp_path)
     assert close(logits(again.model.eval(), family), trained, 1e-6)
     existing = put(base(family), family, {"type": "existing", "path": str(tmp_path), "trainable": False})
-    assert close(logits(existing.model.eval(), family), trained, 1e-6)
+    assert close(logits(existing.model.eval(), family), trained, 1e-5)
     assert not any(p.requires_grad for p in existing.model.parameters())
     if method in PROMPTS:
         with pytest.raises(UserError, match="stands before the input"):
@@ -147,7 +146,9 @@ def test_every_method_on_every_family(base: Base, tmp_path: Path, method: str, f
         assert close(logits(merge(model), family), trained, 1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"])
+@pytest.mark.parametrize(
+    "method", ["lora", "dora", "pissa", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"]
+)
 @pytest.mark.parametrize("family", ["llama", "bert_single", "t5"])
 def test_peft_itself_loads_what_was_saved(base: Base, tmp_path: Path, method: str, family: str) -> None:
     from peft import PeftModel
@@ -206,7 +207,9 @@ def test_pissa_is_the_base_in_two_parts(base: Base, tmp_path: Path) -> None:
     assert torch.allclose(torch.linalg.svdvals(product)[:4], s[:4], atol=1e-5)
     save(attached.model, tmp_path, attached.model.state_dict())
     file = load_file(tmp_path / "adapter_model.safetensors")
-    assert {v.shape[0] for n, v in file.items() if ".lora_A." in n} == {8}  # twice the rank, on the base as it was
+    assert {v.shape[0] for n, v in file.items() if ".lora_A." in n} == {
+        8
+    }  # twice the rank, on the base as it was
     other = put(base("llama"), "llama", METHODS["pissa_niter"] | {"use_rslora": False})
     with pytest.raises(UserError, match="began otherwise"):
         load(other.model, tmp_path)
@@ -252,7 +255,9 @@ def test_several_adapters_are_active_together(base: Base, tmp_path: Path, family
     more = put(base(family), family, paths[0] | {"trainable": False}, paths[1]).model
     kept = {n: p.detach().clone() for n, p in more.named_parameters() if not p.requires_grad}
     assert any(".one." in name for name in kept)
-    assert {n for n, p in more.named_parameters() if p.requires_grad} == {n for n in shapes(more) if ".two." in n}
+    assert {n for n, p in more.named_parameters() if p.requires_grad} == {
+        n for n in shapes(more) if ".two." in n
+    }
     train(more, family)
     assert all(torch.equal(dict(more.named_parameters())[n], value) for n, value in kept.items())
     assert close(logits(merge(model), family), trained, 1e-5)
@@ -374,7 +379,9 @@ def test_prompt_methods_generate_what_their_logits_say(base: Base, method: str, 
         for _ in range(4):
             source = torch.tensor([text])
             more = {"decoder_input_ids": torch.tensor([[0, *answer]])} if family == "t5" else {}
-            scores = model(input_ids=source, attention_mask=torch.ones_like(source), use_cache=False, **more).logits
+            scores = model(
+                input_ids=source, attention_mask=torch.ones_like(source), use_cache=False, **more
+            ).logits
             assert scores.shape[1] == (len(answer) + 1 if family == "t5" else len(text))
             scores[..., 1] = -torch.inf  # the end marker, which min_new_tokens keeps away
             answer.append(int(scores[0, -1].argmax()))

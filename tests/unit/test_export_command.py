@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from tunesmith.adapters.attach import attach
 from tunesmith.commands import export as module
 from tunesmith.commands.export import export
-from tunesmith.commands.finished import open_run
+from tunesmith.commands.finished import FinishedRun, open_run
 from tunesmith.errors import MachineError, UserError
+from tunesmith.recipe.adapters import Adapter
 from tunesmith.tracking.metrics_file import read
 
 Trained = Callable[[str], Path]
@@ -140,3 +144,90 @@ def test_values_that_a_dtype_does_not_have(trained: Trained, tmp_path: Path) -> 
     with pytest.raises(UserError, match="not finite in fp16: use bf16"):
         export(run, tmp_path / "out", "fp16")
     assert list(tmp_path.iterdir()) == []
+
+
+LORA = {"type": "lora", "r": 2, "lora_alpha": 1.0, "init_lora_weights": "gaussian"}
+
+
+def adapted(run_dir: Path, settings: dict[str, Any]) -> FinishedRun:
+    """The run with an adapter on its final/, as if that had been the base, and the adapter trained."""
+    run = open_run(run_dir)
+    model = run.recipe.model.model_copy(update={"model_name_or_path": str(run_dir / "final")})
+    adapter: Adapter = TypeAdapter(Adapter).validate_python(settings)
+    attached = attach(run.model, [adapter], run.objective.auto_class.__name__, run_dir, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in attached.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    run.engine.train_module.model = attached.model
+    return dataclasses.replace(run, recipe=run.recipe.model_copy(update={"model": model}))
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("causal_lm", LORA),
+        ("causal_lm_gpt2", LORA | {"init_lora_weights": "pissa"}),
+        ("single_label", LORA),
+        ("question_answering", {"type": "ia3"}),
+        ("seq2seq_t5", LORA | {"use_dora": True}),
+    ],
+)
+def test_adapters_alone_and_merged(
+    trained: Trained, tmp_path: Path, case: str, settings: dict[str, Any]
+) -> None:
+    alone = export(adapted(trained(case), settings), tmp_path / "alone")
+    assert alone.what == "adapter"
+    assert alone.difference <= 1e-5 * max(1.0, alone.scale)
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert names >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"}
+    assert "model.safetensors" not in names
+    merged = export(adapted(trained(case), settings), tmp_path / "merged", merge=True)
+    assert merged.what == "merged"
+    assert merged.difference <= merged.tolerance == pytest.approx(1e-4 * max(1.0, merged.scale))
+    assert merged.scale == alone.scale
+    weights, base = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", trained(case) / "final")
+    )
+    assert weights.keys() == base.keys()  # no trace of the adapter
+    assert any(not torch.equal(weights[name], base[name]) for name in base)
+
+
+def test_a_prompt_is_exported_and_not_merged(trained: Trained, tmp_path: Path) -> None:
+    settings = {"type": "p_tuning", "num_virtual_tokens": 3}
+    found = export(adapted(trained("single_label"), settings), tmp_path / "alone")
+    assert found.parameters < 1000  # the table and the head, not the encoder
+    with pytest.raises(UserError, match="--merge: P_TUNING stands before the input"):
+        export(adapted(trained("single_label"), settings), tmp_path / "merged", merge=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["alone"]
+
+
+def test_merging_in_another_dtype(trained: Trained, tmp_path: Path) -> None:
+    found = export(adapted(trained("causal_lm"), LORA), tmp_path / "out", "bf16", merge=True)
+    assert 0 < found.difference <= found.tolerance
+    assert {v.dtype for v in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_merger_that_computes_something_else_is_not_published(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.adapters import merge as merging
+
+    real = merging.merge
+
+    def damaged(model: Any) -> Any:
+        merged = real(model)
+        with torch.no_grad():
+            next(merged.parameters()).mul_(1.01)
+        return merged
+
+    monkeypatch.setattr(merging, "merge", damaged)
+    with pytest.raises(MachineError, match="its outputs differ from the trained model's by"):
+        export(adapted(trained("causal_lm"), LORA), tmp_path / "out", merge=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_to_merge(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--merge: the run trained no adapter"):
+        export(open_run(trained("causal_lm")), tmp_path / "out", merge=True)

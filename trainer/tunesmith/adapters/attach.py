@@ -127,11 +127,11 @@ def _fill(peft: Any, adapter: Adapter, base: Path, fresh: set[str], tokenizer: A
     elif isinstance(adapter, PromptTuning) and adapter.prompt_tuning_init_text is not None:
         _say(peft, adapter, adapter.prompt_tuning_init_text, tokenizer)
     elif isinstance(adapter, Lora) and adapter.init_lora_weights == "loftq":
-        from peft import replace_lora_weights_loftq
+        from tunesmith.adapters.loftq import make_up
 
         try:
-            replace_lora_weights_loftq(peft, adapter_name=adapter.name)
-        except (*_PEFT_ERRORS, OSError) as error:
+            make_up(peft, adapter.name)
+        except (OSError, LookupError) as error:
             raise UserError(f"{key(adapter)}.init_lora_weights: loftq: {first_line(error)}") from None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -98,13 +97,12 @@ def check_alone(adapter: Adapter, config: Any, model: Any, task: Task) -> None:
             raise UserError(
                 f"{key(adapter)}.init_lora_weights: PEFT takes Conv1D the wrong way round for olora"
             )
-    if isinstance(adapter, Lora) and adapter.init_lora_weights == "loftq" and adapter.path is None:
-        files = Path(str(getattr(model, "name_or_path", "")))
-        if not quantised or not files.is_dir():
-            raise UserError(
-                f"{key(adapter)}.init_lora_weights: loftq makes up for the error of a quantised base: it needs "
-                "model.quantization: nf4, and a folder of safetensors as model.model_name_or_path"
-            )
+    makes_up = isinstance(adapter, Lora) and adapter.init_lora_weights == "loftq" and adapter.path is None
+    if makes_up and (not quantised or not getattr(model, "name_or_path", "") or partitioned):
+        raise UserError(
+            f"{key(adapter)}.init_lora_weights: loftq makes up for the error of a quantised base: it needs "
+            "model.quantization: nf4, a pretrained model, and no ZeRO-3"
+        )
 
 
 def _lies_across(module: nn.Module) -> bool:

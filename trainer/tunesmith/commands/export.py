@@ -1,10 +1,11 @@
-"""`tunesmith export`: a Hugging Face folder from a finished run, verified by loading it again."""
+"""`tunesmith export`: a Hugging Face folder from a finished run, verified by loading it again: the model, or of a run
+with adapters the adapters, or their merger with the base."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,49 +30,73 @@ from tunesmith.data.examples import (
 )
 from tunesmith.errors import MachineError, Place, UserError
 from tunesmith.export import stop_where_taught
+from tunesmith.model import load_model
 from tunesmith.objectives import Objective
+from tunesmith.quantized import is_quantized
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TEXTS = ("The quick brown fox.", "Is it 42, or 7?")
 _ROOM = 64  # tokens, which the texts need at most
-_SAME = 1e-6  # relative: the same weights in the same code
 Outputs = dict[str, Tensor]
+
+# relative to the largest output
+_SAME = 1e-6  # the same weights in the same code
+_ADDED = 1e-4  # W + s·B·A in place of W and s·B·A, in fp32; what initialisations took out of W put back
+_ROUNDED = 5e-2  # weights in 16 bits, products of a quantised base in 16 bits or int8
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
     """`difference` is the largest between an output of the folder, loaded again, and of the trained fp32 weights;
-    `scale` the largest output of these."""
+    `scale` the largest output of these, `tolerance` the most by which they may differ. `what`: the whole model, the
+    adapters alone, or the model that they were merged into."""
 
     target: Path
     parameters: int
     bytes: int
     difference: float
     scale: float
+    tolerance: float
+    what: Literal["model", "adapter", "merged"]
 
 
-def export(run: FinishedRun, target: Path, dtype: Dtype = "fp32", max_shard_size: str = "5GB") -> Exported:
-    """Writes model, tokenizer and a model card into the new folder `target`. Raises UserError where `target` is in
-    use, MachineError where what was written does not load back to the same outputs."""
+def export(
+    run: FinishedRun, target: Path, dtype: Dtype = "fp32", max_shard_size: str = "5GB", *, merge: bool = False
+) -> Exported:
+    """Writes model (of a run with adapters these, or with `merge` the model that they are merged into), tokenizer and a
+    model card into the new folder `target`. The run's model is used up. Raises UserError where `target` is in use or
+    the adapters cannot be merged, MachineError where what was written does not load back to the same outputs."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is in use: name a new folder")
+    adapted = hasattr(run.model, "peft_config")
+    if merge and not adapted:
+        raise UserError("--merge: the run trained no adapter: leave it out")
+    what = "model" if not adapted else "merged" if merge else "adapter"
     model, batch = run.model.to("cpu"), sample_batch(run.objective)
     trained = _outputs(model, run.objective, batch)
-    written = model if dtype == "fp32" else copy.deepcopy(model).to(_DTYPES[dtype])
-    _check_range(written, dtype)
-    stop_where_taught(written, run.objective)
+    scale = max(float(value.abs().max()) for value in trained.values())
+    tolerance = _tolerance(model, what, dtype) * max(1.0, scale)
+    card = model_card(run, target.name, dtype)  # before a merger takes the model apart
+    if what == "adapter":
+        write, reload, parameters = _adapter_files(run, dtype)
+    else:
+        write, reload, parameters = _model_files(run, model, dtype, max_shard_size, merge)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        written.save_pretrained(temporary, max_shard_size=max_shard_size)
+        write(temporary)
         run.tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(run, target.name, dtype), encoding="utf-8")
-        loaded = _reload(run, temporary, _DTYPES[dtype])
-        _check_weights(loaded, written, target)
-        found = _outputs(loaded, run.objective, batch)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        found = _outputs(reload(temporary, target), run.objective, batch)
+        difference = max(float((found[name] - trained[name]).abs().max()) for name in trained)
+        if not difference <= tolerance and (dtype == "fp32" or adapted):
+            raise MachineError(
+                f"{target}: loaded again, its outputs differ from the trained model's by {difference:.3g} (the largest "
+                f"output is {scale:.3g}, the tolerance {tolerance:.3g})"
+            )
         if target.exists():
             target.rmdir()
         temporary.rename(target)
@@ -79,22 +104,78 @@ def export(run: FinishedRun, target: Path, dtype: Dtype = "fp32", max_shard_size
         raise MachineError(f"{target}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    difference = max(float((found[name] - trained[name]).abs().max()) for name in trained)
-    scale = max(float(value.abs().max()) for value in trained.values())
-    if dtype == "fp32" and not difference <= _SAME * max(1.0, scale):
-        raise MachineError(f"{target}: its weights are right, but its outputs differ by {difference:.3g}")
-    return Exported(
-        target,
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return Exported(target, parameters, size, difference, scale, tolerance, what)
+
+
+def _tolerance(model: Any, what: str, dtype: Dtype) -> float:
+    if what == "model" and dtype == "fp32":
+        return _SAME
+    return _ROUNDED if dtype != "fp32" or is_quantized(model) else _ADDED
+
+
+Write = Callable[[Path], None]
+Reload = Callable[[Path, Path], Any]  # (folder, what to call it) → the model
+
+
+def _model_files(
+    run: FinishedRun, model: Any, dtype: Dtype, max_shard_size: str, merge: bool
+) -> tuple[Write, Reload, int]:
+    if merge:
+        from tunesmith.adapters.merge import merge as merged
+
+        model = merged(model)
+    written = model if dtype == "fp32" else copy.deepcopy(model).to(_DTYPES[dtype])
+    _check_finite({name: p.detach() for name, p in written.named_parameters()}, dtype)
+    stop_where_taught(written, run.objective)
+
+    def reload(folder: Path, target: Path) -> Any:
+        loaded = _reload(run, folder, _DTYPES[dtype])
+        _check_weights(loaded, written, target)
+        return loaded
+
+    return (
+        lambda folder: written.save_pretrained(folder, max_shard_size=max_shard_size),
+        reload,
         sum(p.numel() for p in written.parameters()),
-        sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
-        difference,
-        scale,
     )
 
 
-def _check_range(model: nn.Module, dtype: Dtype) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+def _adapter_files(run: FinishedRun, dtype: Dtype) -> tuple[Write, Reload, int]:
+    from tunesmith.adapters.attach import attach
+    from tunesmith.adapters.save import adapter_state, save
+    from tunesmith.recipe.adapters import Existing
+
+    kind = _DTYPES[dtype]
+    state: dict[str, Tensor] = run.model.state_dict()
+    whole = {name: v.to(kind) if v.is_floating_point() else v for name, v in state.items()}
+    for tensors in adapter_state(run.model, whole).values():
+        _check_finite(tensors, dtype)
+    names = list(run.model.peft_config)
+
+    def reload(folder: Path, target: Path) -> Any:
+        settings, seed = run.recipe.model, run.recipe.training.seed
+        loaded = load_model(settings, run.run_dir, run.objective, run.tokenizer, seed)
+        again = [
+            Existing(
+                type="existing",
+                name=name,
+                path=str((folder if name == "default" else folder / name).resolve()),
+                trainable=False,
+            )
+            for name in names
+        ]
+        new: list[str] = loaded.facts.get("new_weights", [])
+        task = run.objective.auto_class.__name__
+        return attach(loaded.model, again, task, folder, seed, new_weights=new).model
+
+    numbers = sum(v.numel() for tensors in adapter_state(run.model, whole).values() for v in tensors.values())
+    return lambda folder: save(run.model, folder, whole), reload, numbers
+
+
+def _check_finite(tensors: Mapping[str, Tensor], dtype: Dtype) -> None:
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
             fix = "use bf16" if dtype == "fp16" else "export another checkpoint"
             raise UserError(f"{name} has values that are not finite in {dtype}: {fix}")
 
