@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import nn
@@ -43,25 +44,29 @@ def _trained(module: nn.Module) -> bool:
 
 def _stay_calm(model: nn.Module, *, on: bool) -> None:
     """transformers recomputes activations in layers in training mode only, but gradients pass through a frozen layer
-    above trained parameters too: such a layer is in training mode when it is called, and in evaluation mode inside."""
+    above trained parameters too: such a layer is in training mode where that is asked, in evaluation mode inside."""
     for module in model.modules():
-        if not getattr(module, "gradient_checkpointing", False):
+        if not hasattr(module, "_gradient_checkpointing_func"):
             continue
-        if on and not module.training:
-            if not hasattr(module, _CALMED):
-                module.register_forward_pre_hook(_enter)
-                module.register_forward_hook(_leave, always_call=True)
-            setattr(module, _CALMED, True)
-            module.training = True
-        elif not on and hasattr(module, _CALMED):
-            setattr(module, _CALMED, False)
+        layer = cast(Any, module)
+        calm = on and layer.gradient_checkpointing and not layer.training
+        if calm and not hasattr(layer, _CALMED):
+            layer._gradient_checkpointing_func = _calmly(layer, layer._gradient_checkpointing_func)
+        if calm or hasattr(layer, _CALMED):
+            setattr(layer, _CALMED, calm)
+        layer.training |= calm
 
 
-def _enter(module: nn.Module, args: Any) -> None:
-    if cast(Any, module)._tunesmith_calmed:
-        module.training = False
+def _calmly(layer: Any, recomputed: Callable[..., Any]) -> Callable[..., Any]:
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        def inside(*args: Any) -> Any:
+            training = layer.training
+            layer.training = training and not getattr(layer, _CALMED)
+            try:
+                return function(*args)
+            finally:
+                layer.training = training
 
+        return recomputed(inside, *args)
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    if cast(Any, module)._tunesmith_calmed:
-        module.training = True
+    return call

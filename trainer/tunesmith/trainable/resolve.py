@@ -35,6 +35,8 @@ def plan_trainable(
     """
     known = parameters(model)
     openings = _openings(known, settings, total_steps, steps_per_epoch)
+    # gradual unfreezing may end with the run
+    missed = _openings(known, settings, None, steps_per_epoch).keys() - openings.keys()
     trained = [one for one in known if one.name in openings]
     for one in known:
         one.value.requires_grad_(one.name in openings)
@@ -50,7 +52,9 @@ def plan_trainable(
         )
         for one in trained
     }
-    return Plan(plan, _unreached(known, settings, openings))
+    told = places(str(one.place) for one in known if one.name in missed)
+    note = f"trainable.unfreeze: the run ends before it reaches {told}: it stays frozen"
+    return Plan(plan, (note,) if missed else ())
 
 
 def apply_trainable(model: nn.Module, settings: Trainable) -> dict[str, Any]:
@@ -121,7 +125,7 @@ def _later(
         for text, layers in texts:
             selected = select(known, text, "trainable.unfreeze", layers=layers)
             names = _trainable_names(selected, text) - held - found.keys()
-            if not names:
+            if not names and total_steps is not None:  # else nobody knows which comes first
                 raise UserError(
                     f"trainable.unfreeze: {text!r} at {entry.at} has no effect: it is trained before then"
                 )
@@ -186,16 +190,3 @@ def _refuse_nothing(trained: list[Parameter], openings: _Openings, total_steps: 
             f"trainable: nothing is trained in the first {first} steps: leave a part of the model (its head) "
             "trained from the start"
         )
-
-
-def _unreached(known: list[Parameter], settings: Trainable, openings: _Openings) -> tuple[str, ...]:
-    if not isinstance(settings.unfreeze, Gradual):
-        return ()
-    frozen = {one.name for text in settings.freeze for one in select(known, text, "trainable.freeze")}
-    missed = [
-        str(one.place)
-        for one in known
-        if one.name not in openings and one.name not in frozen and one.can_train and not one.adapter
-    ]
-    told = f"trainable.unfreeze: the run ends before it reaches {places(missed)}: it stays frozen"
-    return (told,) if missed else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -170,6 +171,8 @@ def _why_none(known: list[Parameter], candidates: list[Parameter], text: str) ->
             "trainable: false"
         )
     names = [one.names[-1] for one in candidates]
-    close = get_close_matches(text.strip("*"), names, 3, 0.4)
-    hint = f"did you mean {', '.join(close)}?" if close else f"the first is {names[0]}"
-    return f"{text!r} matches no parameter; {hint}"
+    parts = {part for name in names for part in name.split(".")}
+    for word in re.findall(r"\w+", text):
+        if close := [] if word in parts else get_close_matches(word, parts, 1):
+            return f"{text!r} matches no parameter; did you mean {text.replace(word, close[0])!r}?"
+    return f"{text!r} matches no parameter; the first is {names[0]}"
