@@ -128,7 +128,9 @@ def _load_prompt(model: Any, adapter: str, given: dict[str, Tensor], folder: str
         if table.shape[0] != whole_shape(weight)[0]:
             raise UserError(f"{folder}: has {table.shape[0]} virtual tokens, not {whole_shape(weight)[0]}")
         config.inference_mode = True
-        encoder.embedding = nn.Embedding.from_pretrained(table.to(weight.dtype), freeze=True)
+        encoder.embedding = nn.Embedding.from_pretrained(
+            table.to(weight.dtype), freeze=not weight.requires_grad
+        )
         for name, _ in list(encoder.named_children()):
             if name != "embedding":
                 delattr(encoder, name)
