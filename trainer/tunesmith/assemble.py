@@ -34,8 +34,11 @@ class Assembled:
     def rebuilt(self) -> frozenset[str]:
         """The names of the weights that the files give again, and that no step changes: a checkpoint need not hold
         them. To be asked when it is settled what is trained."""
-        named = self.model.named_parameters(remove_duplicate=False)
-        return frozenset(name for name, p in named if id(p) in self.from_files and not p.requires_grad)
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        known = {name for name, p in named.items() if id(p) in self.from_files and not p.requires_grad}
+        # what an 8-bit layer keeps beside its weight follows from it
+        extras = self.model.state_dict().keys() - named.keys() - dict(self.model.named_buffers()).keys()
+        return frozenset(known | {name for name in extras if f"{name.rpartition('.')[0]}.weight" in known})
 
 
 def assemble(

@@ -27,10 +27,12 @@ from tunesmith.features import cache_features
 from tunesmith.fusing import choose_head, fuse_loss
 from tunesmith.loop import Loop
 from tunesmith.loss_scale import LossScale
+from tunesmith.memory import peak_memory_bytes
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.optim import Spec, describe
 from tunesmith.planning.groups import memory_table
+from tunesmith.planning.predict import Built, predict_peak
 from tunesmith.precision import choose, round_parameters
 from tunesmith.preflight.agree import Preflight, agree
 from tunesmith.preflight.content import weights_digests
@@ -133,6 +135,22 @@ def _train(
         facts |= cache_features(engine, recipe, objective, datasets)
     # the probe runs before the first reduced step: it finds the parameters that the loss does not use
     facts |= probe(engine, stream)
+    if engine.rank == 0:
+        facts["predicted_peak"] = predict_peak(
+            settled,
+            base,
+            Built(
+                built.model.config,
+                engine.world_size,
+                engine.device.type,
+                min(
+                    recipe.training.per_device_train_batch_size,
+                    ceil(recipe.training.global_batch_size / engine.data_size),
+                ),
+                None if recipe.data.packing else facts["longest_row_tokens"],
+                peak_memory_bytes(engine.device) if engine.device.type == "cpu" else 0,
+            ),
+        )
     if recipe.data.packing:
         facts["packing_difference"] = check_packing(stream, engine)
 

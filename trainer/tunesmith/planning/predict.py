@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,19 +38,37 @@ def predict_peak(recipe: Recipe, base: Path, built: Built) -> dict[str, Any]:
     beside (libraries, and what its allocator keeps), as that one backward showed; or `bytes` None and `why`.
     `recipe.parallel` is a strategy, not auto."""
     try:
-        found = inspect(recipe, base, config=built.config)
-        if built.longest is not None and not found.workload.shape.target_length:
-            shape = replace(found.workload.shape, length=built.longest)
-            found.workload = replace(found.workload, shape=shape)
-        checkpointing = recipe.model.gradient_checkpointing
-        setup = Setup(recipe.parallel, built.world_size, built.rows, checkpointing, built.device)
-        variant = found.variant(recipe.parallel, checkpointing, built.device)
-        profile = found.profile(variant)
-        memory = estimate(found.workload, setup, profile)
-        stateless = replace(found.workload, optim=SGD(name="sgd", learning_rate=1.0))
-        before_a_step = estimate(stateless, setup, profile).total
+        with _nothing_partitioned():
+            return _predicted(recipe, base, built)
     except _FAULTS as error:
         return {"bytes": None, "why": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+@contextmanager
+def _nothing_partitioned() -> Generator[None]:
+    """Under ZeRO-3 transformers would partition the model that is traced, too, which takes all ranks."""
+    from transformers.integrations import deepspeed
+
+    library: Any = deepspeed
+    held, library._hf_deepspeed_config_weak_ref = library._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        library._hf_deepspeed_config_weak_ref = held
+
+
+def _predicted(recipe: Recipe, base: Path, built: Built) -> dict[str, Any]:
+    found = inspect(recipe, base, config=built.config)
+    if built.longest is not None and not found.workload.shape.target_length:
+        shape = replace(found.workload.shape, length=built.longest)
+        found.workload = replace(found.workload, shape=shape)
+    checkpointing = recipe.model.gradient_checkpointing
+    setup = Setup(recipe.parallel, built.world_size, built.rows, checkpointing, built.device)
+    variant = found.variant(recipe.parallel, checkpointing, built.device)
+    profile = found.profile(variant)
+    memory = estimate(found.workload, setup, profile)
+    stateless = replace(found.workload, optim=SGD(name="sgd", learning_rate=1.0))
+    before_a_step = estimate(stateless, setup, profile).total
     beside = max(0, built.process_peak - round(before_a_step))
     return {
         "bytes": round(memory.total) + beside,
