@@ -54,11 +54,10 @@ class DDPEngine(RankedEngine):
     def train_only(self, names: Collection[str]) -> None:
         super().train_only(names)
         # DDP waits for the gradients of the parameters that required one when it was made, and of no others. The old
-        # one's hooks would be called in every backward for as long as anything holds it.
-        old = vars(self).pop("module")
-        old._remove_autograd_hooks()
-        self.accelerator.free_memory(old)
-        del old
+        # one's hooks would be called in every backward for as long as anything holds it; accelerate's own way to let go
+        # of it collects garbage, which takes a second.
+        vars(self).pop("module")._remove_autograd_hooks()
+        self.accelerator._models.clear()
         self.module = self._wrap(self.train_module)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
