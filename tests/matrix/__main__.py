@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 
 from tests.matrix.matrix_cells import CELLS
+from tests.matrix.matrix_models import build_workshop
 from tests.matrix.matrix_proof import LivingPools, Record, prove
 from tests.matrix.matrix_table import read_results, write
-from tests.numerics.tiny_data import build_data
-from tests.numerics.tiny_models import build_models
 
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
 
@@ -31,7 +30,7 @@ def main(words: list[str]) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             workshop = Path(folder)
-            build_models(workshop / "models", build_data(workshop / "data"))
+            build_workshop(workshop)
             for number, cell in enumerate(chosen, start=1):
                 started = time.perf_counter()
                 record = prove(cell, workshop, pools)

@@ -76,7 +76,7 @@ METHODS = {
     ),
     "lora, trainable_token_indices": Method(_lora(trainable_token_indices=[5, 20, 21])),
     "ia3": Method(_adapter("ia3"), learning_rate=5e-2),
-    "prompt_tuning": Method(_adapter("prompt_tuning", num_virtual_tokens=4), learning_rate=5e-2, merges=None),
+    "prompt_tuning": Method(_adapter("prompt_tuning", num_virtual_tokens=4), learning_rate=2e-1, merges=None),
     "prefix_tuning": Method(_adapter("prefix_tuning", num_virtual_tokens=4), learning_rate=5e-2, merges=None),
     "p_tuning": Method(_adapter("p_tuning", num_virtual_tokens=4), merges=None),
     "qlora, nf4": Method(_lora(), NF4),
@@ -123,6 +123,7 @@ def cell_recipe(cell: Cell, workshop: Path, run_name: str) -> Recipe:
     trainable = dict(method.trainable)
     if more := method.by_model.get(cell.case.model):
         trainable["adapters"] = [{**trainable["adapters"][0], **more}]
+    wide = "" if method.quantization is None else "wide"
     layout = Layout(8) if cell.engine == "single" else Layout(4, world_size=RANKS)
     source = {
         "path": str(workshop / "data" / f"{cell.case.file}.jsonl"),
@@ -139,7 +140,7 @@ def cell_recipe(cell: Cell, workshop: Path, run_name: str) -> Recipe:
         optimizer,
         layout,
         STEPS,
-        model=method.model,
+        model={**method.model, "model_name_or_path": str(workshop / "models" / wide / cell.case.model)},
         data={"train": [source]},
         trainable=trainable,
         parallel={"strategy": cell.engine},

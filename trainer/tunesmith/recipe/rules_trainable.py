@@ -24,8 +24,9 @@ def _freezes_backbone(recipe: Recipe) -> bool:
 
 
 def _quantization(recipe: Recipe) -> Iterator[Problem]:
-    trainable, precision, strategy = recipe.trainable, recipe.training.precision, recipe.parallel.strategy
-    if recipe.model.quantization is None:
+    trainable, precision, parallel = recipe.trainable, recipe.training.precision, recipe.parallel
+    quantization = recipe.model.quantization
+    if quantization is None:
         return
     if not trainable.adapters and not _freezes_backbone(recipe):
         yield problem_at(
@@ -33,7 +34,8 @@ def _quantization(recipe: Recipe) -> Iterator[Problem]:
             "weights in few bits cannot be trained: set trainable.adapters (such as [{type: lora}]), or "
             "trainable.freeze: [backbone]",
         )
-    if any(name in {"all", "backbone"} or isinstance(parse(name), Layers) for name in _thawed(recipe)):
+    names_layers = any(n in {"all", "backbone"} or isinstance(parse(n), Layers) for n in _thawed(recipe))
+    if names_layers and not quantization.skip_modules:  # which the model may have in all that is named
         yield problem_at(
             "trainable.unfreeze",
             "weights in few bits (model.quantization) cannot be trained: name norms, biases, embeddings or the head",
@@ -47,11 +49,10 @@ def _quantization(recipe: Recipe) -> Iterator[Problem]:
             "training.precision",
             f"{precision} is for parameters in bf16, not for a base in few bits: use bf16",
         )
-    if strategy in {"zero3", "fsdp2"}:
+    if parallel.strategy == "fsdp2" and parallel.tensor_parallel_size > 1:
         yield problem_at(
-            "parallel.strategy",
-            f"{strategy} cuts weights into shards, and model.quantization into blocks that must stay whole: use ddp "
-            "or zero2",
+            "parallel.tensor_parallel_size",
+            "cuts matrices into rows and columns, and model.quantization into blocks across them: set it to 1",
         )
 
 
