@@ -32,6 +32,8 @@ from tunesmith.quantized import (
 )
 from tunesmith.recipe.quantization import FourBit, Quantization
 
+_BLOCK = 64  # weights with one scale, in 4 bits
+
 
 def require() -> None:
     """Raises MissingExtra where bitsandbytes is not installed."""
@@ -53,12 +55,17 @@ def load(
 
     `skeleton` is the model without weights (it may be on the meta device), `load_with(**options)` transformers'
     from_pretrained; `compute_dtype` is what products are computed in where the settings say auto (4 bits only).
-    Heads, output embeddings, tied weights, `skip_modules` and layers that the files do not have stay fp32. Raises
-    UserError for a `skip_modules` entry that matches no linear layer, and where nothing is left to quantise."""
+    Heads, output embeddings, tied weights, `skip_modules` and layers that the files do not have stay fp32, and of 4
+    bits those whose rows are not whole blocks. Raises UserError for a `skip_modules` entry that matches no linear
+    layer, and where nothing is left to quantise."""
     linear = linear_layers(skeleton)
     kept = _heads(skeleton, linear) | _skipped(settings.skip_modules, linear)
-    if isinstance(settings, FourBit) and settings.compute_dtype != "auto":
-        compute_dtype = DTYPES[settings.compute_dtype]
+    if isinstance(settings, FourBit):
+        kept |= _broken_rows(skeleton, linear)
+        if settings.compute_dtype != "auto":
+            compute_dtype = DTYPES[settings.compute_dtype]
+    if kept == linear:
+        raise UserError(_nothing(skeleton, settings))
 
     def attempt() -> tuple[Any, dict[str, Any]]:
         with _one_thread():
@@ -75,7 +82,7 @@ def load(
         del model
         model, found = attempt()
     if not is_quantized(model):
-        raise UserError(f"model.quantization: {type(model).__name__} has no linear layer to quantise")
+        raise UserError(_nothing(model, settings))
     _take_over(model)
     # what is not quantised lies in the mapped files: while any of it does, all that was read of them stays resident
     for tensor in (*model.parameters(), *model.buffers()):
@@ -104,6 +111,23 @@ def _skipped(entries: list[str], linear: set[str]) -> set[str]:
             )
         found |= matched
     return found
+
+
+def _broken_rows(model: nn.Module, linear: set[str]) -> set[str]:
+    """Those whose inputs are no multiple of a block: on a CPU bitsandbytes 0.50 takes the next row's scale for the
+    rest of a row of 32 or 96 weights, which is off by as much as the weights are."""
+    found: set[str] = set()
+    for name in linear:
+        layer: Any = model.get_submodule(name)
+        inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]
+        if inputs % _BLOCK:
+            found.add(name)
+    return found
+
+
+def _nothing(model: nn.Module, settings: Quantization) -> str:
+    wide = f" whose inputs are a multiple of {_BLOCK}" if isinstance(settings, FourBit) else ""
+    return f"model.quantization: {type(model).__name__} has no linear layer{wide} left to quantise"
 
 
 def _config(settings: Quantization, compute_dtype: torch.dtype, kept: set[str]) -> Any:
