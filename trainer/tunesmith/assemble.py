@@ -22,20 +22,25 @@ from tunesmith.recipe import Recipe
 @dataclass(frozen=True, slots=True)
 class Assembled:
     """`fill` gives weights to a model that was built without. `lr_scale`: factors on the learning rates of adapters'
-    parameters, by name. `from_files`: the ids of the parameters that the model's files give, as they are."""
+    parameters, by name. `from_files`: the ids of the modules and names in them of the parameters that the model's files give, as
+    they are; PEFT may put another Parameter in a parameter's place."""
 
     model: Any
     facts: dict[str, Any]
     notes: list[str]
     fill: Callable[[torch.device], None]
     lr_scale: dict[str, float] = field(default_factory=dict[str, float])
-    from_files: frozenset[int] = frozenset()
+    from_files: frozenset[tuple[int, str]] = frozenset()
 
     def rebuilt(self) -> frozenset[str]:
         """The names of the weights that the files give again, and that no step changes: a checkpoint need not hold
         them. To be asked when it is settled what is trained."""
         named = dict(self.model.named_parameters(remove_duplicate=False))
-        known = {name for name, p in named.items() if id(p) in self.from_files and not p.requires_grad}
+        known: set[str] = set()
+        for prefix, owner in self.model.named_modules(remove_duplicate=False):
+            for leaf, parameter in owner.named_parameters(recurse=False):
+                if (id(owner), leaf) in self.from_files and not parameter.requires_grad:
+                    known.add(f"{prefix}.{leaf}")
         # what an 8-bit layer keeps beside its weight follows from it
         extras = self.model.state_dict().keys() - named.keys() - dict(self.model.named_buffers()).keys()
         return frozenset(known | {name for name in extras if f"{name.rpartition('.')[0]}.weight" in known})
@@ -92,8 +97,13 @@ def assemble(
     )
 
 
-def _from_files(model: nn.Module, facts: dict[str, Any]) -> frozenset[int]:
+def _from_files(model: nn.Module, facts: dict[str, Any]) -> frozenset[tuple[int, str]]:
     if facts["weights"].startswith("random"):
         return frozenset()
     drawn = set(facts.get("new_weights", []))
-    return frozenset(id(p) for name, p in model.named_parameters() if name not in drawn)
+    return frozenset(
+        (id(owner), leaf)
+        for prefix, owner in model.named_modules()
+        for leaf, _ in owner.named_parameters(recurse=False)
+        if f"{prefix}.{leaf}" not in drawn
+    )
