@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from tunesmith.adapters.attach import attach
-from tunesmith.errors import UserError
 from tunesmith.model import load_model
 from tunesmith.module import AUTOCAST
 from tunesmith.objectives import Objective
 from tunesmith.precision import choose
+from tunesmith.quantized import scales
 from tunesmith.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
     """`fill` gives weights to a model that was built without. `lr_scale`: factors on the learning rates of adapters'
-    parameters, by name. `from_files`: the ids of the modules and names in them of the parameters that the model's files give, as
-    they are; PEFT may put another Parameter in a parameter's place."""
+    parameters, by name. `from_files`: the modules' ids, and the names in them, of the parameters that the model's
+    files give as they are; PEFT may put another Parameter in a parameter's place."""
 
     model: Any
     facts: dict[str, Any]
@@ -35,15 +35,12 @@ class Assembled:
     def rebuilt(self) -> frozenset[str]:
         """The names of the weights that the files give again, and that no step changes: a checkpoint need not hold
         them. To be asked when it is settled what is trained."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
         known: set[str] = set()
         for prefix, owner in self.model.named_modules(remove_duplicate=False):
             for leaf, parameter in owner.named_parameters(recurse=False):
                 if (id(owner), leaf) in self.from_files and not parameter.requires_grad:
                     known.add(f"{prefix}.{leaf}")
-        # what an 8-bit layer keeps beside its weight follows from it
-        extras = self.model.state_dict().keys() - named.keys() - dict(self.model.named_buffers()).keys()
-        return frozenset(known | {name for name in extras if f"{name.rpartition('.')[0]}.weight" in known})
+        return frozenset(known) | (scales(self.model) if known else frozenset())
 
 
 def assemble(
@@ -70,14 +67,10 @@ def assemble(
         head=settings.head,
         compute_dtype=AUTOCAST.get(precision, torch.float32),
     )
-    if settings.adapters and settings.unfreeze:
-        raise UserError(
-            "trainable.unfreeze: an adapter's folder cannot hold it: name the modules that are trained whole in the "
-            "adapter's modules_to_save"
-        )
+    few_bits = recipe.model.quantization is not None
+    from_files = _from_files(loaded.model, loaded.facts) if settings.adapters or few_bits else frozenset()
     if not settings.adapters:
-        return Assembled(loaded.model, loaded.facts, loaded.notes, loaded.fill)
-    from_files = _from_files(loaded.model, loaded.facts)
+        return Assembled(loaded.model, loaded.facts, loaded.notes, loaded.fill, from_files=from_files)
     attached = attach(
         loaded.model,
         settings.adapters,
@@ -87,6 +80,7 @@ def assemble(
         tokenizer=tokenizer,
         new_weights=loaded.facts.get("new_weights", []),
     )
+    attached.model.virtual_positions = attached.positions  # which a prompt and its answer cannot have
     return Assembled(
         attached.model,
         loaded.facts | attached.facts,

@@ -77,6 +77,7 @@ def prompt_room(model: Any, max_new_tokens: int) -> int | None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or model.config.is_encoder_decoder:
         return None
+    positions -= getattr(model, "virtual_positions", 0)
     if positions <= max_new_tokens:
         raise UserError(
             f"max_new_tokens: {max_new_tokens} leave no room for a prompt: the model has {positions} positions"

@@ -83,6 +83,10 @@ def check_alone(adapter: Adapter, config: Any, model: Any, task: Task) -> None:
         raise UserError(
             f"{key(adapter)}: {kind} reads weights that ZeRO-3 has partitioned; use zero2, or lora"
         )
+    if start == "orthogonal" and quantised:
+        raise UserError(
+            f"{key(adapter)}.init_lora_weights: orthogonal is drawn in the weights' dtype, which few bits have none of"
+        )
     if start.startswith(CHANGING):
         if quantised:
             raise UserError(

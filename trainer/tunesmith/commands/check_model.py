@@ -113,6 +113,7 @@ def _positions(model: Any, datasets: Mapping[str, Dataset]) -> Iterator[Finding]
     longest = max(int(dataset.table.lengths().max()) for dataset in datasets.values())
     if positions is None:
         return
+    positions -= getattr(model, "virtual_positions", 0)
     rotary = bool(getattr(config, "rope_parameters", None))
     if not rotary:
         # where padding has a position of its own (RoBERTa), positions begin behind it

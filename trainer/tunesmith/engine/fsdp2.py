@@ -165,7 +165,7 @@ class FSDP2Engine(RankedEngine):
             local = parameter.to_local()
             if local.is_meta:
                 return f"{name} has no weights"
-            if parameter.dtype != self._dtype:
+            if parameter.is_floating_point() and parameter.dtype != self._dtype:
                 return f"{name} is {parameter.dtype}, not {self._dtype}"
             cut = parameter.shape[0] if parameter.dim() else 1
             if local.numel() > -(-cut // shards) * max(1, parameter.numel() // max(1, cut)):

@@ -94,7 +94,7 @@ class ZeroEngine(RankedEngine):
         if self._zero.optimizer is not self.optimizer:
             return f"DeepSpeed steps a {type(self._zero.optimizer).__name__}, not the recipe's optimizer"
         for name, parameter in self._named.items():
-            if parameter.dtype != torch.float32:
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
                 return f"{name} is {parameter.dtype}, not fp32"
             if self.stage == 3 and not hasattr(parameter, "ds_id"):
                 return f"{name} is not partitioned"

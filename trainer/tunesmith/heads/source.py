@@ -84,6 +84,9 @@ def _headed(model_class: Any, config: Any, backbone: Any) -> Any:
     config._attn_implementation = backbone.config._attn_implementation
     with initialization.no_init_weights():
         model = model_class(config, backbone)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # by which PEFT knows quantised layers
+        if getattr(backbone, flag, False):
+            setattr(model, flag, True)
     for name, part in model.named_children():
         if name != "backbone":
             part.apply(model._initialize_weights)

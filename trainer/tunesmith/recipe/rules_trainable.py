@@ -34,6 +34,16 @@ def _quantization(recipe: Recipe) -> Iterator[Problem]:
             "weights in few bits cannot be trained: set trainable.adapters (such as [{type: lora}]), or "
             "trainable.freeze: [backbone]",
         )
+    elif not trainable.adapters and parallel.strategy in {"zero3", "fsdp2"}:
+        yield problem_at(
+            "parallel.strategy",
+            f"{parallel.strategy} has no rank with the whole model, which final/ would be unpacked from: use zero2 or "
+            "ddp, or train adapters",
+        )
+    if parallel.strategy == "fsdp2" and any(isinstance(a, Lora) and a.use_dora for a in trainable.adapters):
+        yield problem_at(
+            "parallel.strategy", "fsdp2 and use_dora on a base in few bits exclude each other: use ddp"
+        )
     names_layers = any(n in {"all", "backbone"} or isinstance(parse(n), Layers) for n in _thawed(recipe))
     if names_layers and not quantization.skip_modules:  # which the model may have in all that is named
         yield problem_at(
@@ -89,6 +99,22 @@ def _cache_features(recipe: Recipe) -> Iterator[Problem]:
             yield problem_at(f"model.{name}", "and trainable.cache_features exclude each other")
 
 
+def _neftune(recipe: Recipe) -> Iterator[Problem]:
+    key, trainable = "model.neftune_noise_alpha", recipe.trainable
+    if recipe.model.neftune_noise_alpha is None:
+        return
+    if _freezes_backbone(recipe) and not trainable.adapters and not trainable.unfreeze:
+        yield problem_at(key, "has no effect: a backbone that is frozen computes as in evaluation")
+    if getattr(recipe.parallel, "sequence_parallel_size", 1) > 1:
+        yield problem_at(key, "is scaled by a row's length, which sequence_parallel_size cuts: leave one out")
+    for index, adapter in enumerate(trainable.adapters):
+        if isinstance(adapter, _VIRTUAL_TOKENS):
+            yield problem_at(
+                f"trainable.adapters.{index}.type",
+                f"{adapter.type} and model.neftune_noise_alpha exclude each other: both act on the embeddings",
+            )
+
+
 def _head(recipe: Recipe) -> Iterator[Problem]:
     head, objective = recipe.trainable.head, recipe.objective.type
     if head is None:
@@ -129,7 +155,7 @@ def _adapters(recipe: Recipe) -> Iterator[Problem]:
             yield problem_at(
                 f"{key}.type", f"several adapters must be of one type: {first} and {adapter.type} do not mix"
             )
-    if adapters and trainable.unfreeze:
+    if adapters and trainable.unfreeze and not isinstance(trainable.unfreeze, Gradual):
         yield problem_at(
             "trainable.unfreeze",
             "and adapters exclude each other, for an adapter's folder holds no weights of the model: name the modules "
@@ -157,6 +183,7 @@ def _rates(recipe: Recipe) -> Iterator[Problem]:
 RULES: tuple[tuple[set[str], Callable[[Recipe], Iterator[Problem]]], ...] = (
     ({"model", "trainable", "training", "parallel"}, _quantization),
     ({"model", "trainable", "objective"}, _cache_features),
+    ({"model", "trainable", "parallel"}, _neftune),
     ({"trainable", "objective"}, _head),
     ({"trainable", "data"}, _adapters),
     ({"trainable", "optim"}, _rates),

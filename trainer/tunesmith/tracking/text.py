@@ -107,6 +107,7 @@ def startup_lines(
     parts["kernels"] = [_kernel(op, how) for op, how in facts.get("kernels", {}).items()]
     for split, about in facts.get("data", {}).items():
         parts[split] = _rows(about)
+    parts["features"] = _features(facts)
     for name, values in parts.items():
         if shown := [str(value) for value in values if value]:
             yield f"  {name:8}{', '.join(shown)}"
@@ -114,6 +115,18 @@ def startup_lines(
         yield f"  {'' if place else 'memory':8}{line}"
     for note in facts.get("notes", []):
         yield f"  note    {note}"
+
+
+def _features(facts: Mapping[str, Any]) -> list[object]:
+    if (rows := facts.get("cached_features_rows")) is None:
+        return []
+    computed = facts.get("cached_features_computed_rows", 0)
+    return [
+        f"of {sum(rows.values()):,} rows on disk",
+        size(facts["cached_features_bytes"]),
+        f"{computed:,} computed now" if computed else "none computed now",
+        f"largest difference {facts['cached_features_difference']:.1e} of the largest feature",
+    ]
 
 
 def _kernel(op: str, how: str) -> str:
