@@ -39,7 +39,7 @@ class Method:
     model: dict[str, Any] = field(default_factory=dict[str, Any])
     by_model: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     learning_rate: float = 1e-2
-    merges: float | None = 1e-5
+    merges: float | None = 5e-5
 
     @property
     def has_adapter(self) -> bool:
@@ -76,7 +76,7 @@ METHODS = {
     ),
     "lora, trainable_token_indices": Method(_lora(trainable_token_indices=[5, 20, 21])),
     "ia3": Method(_adapter("ia3"), learning_rate=5e-2),
-    "prompt_tuning": Method(_adapter("prompt_tuning", num_virtual_tokens=4), learning_rate=2e-1, merges=None),
+    "prompt_tuning": Method(_adapter("prompt_tuning", num_virtual_tokens=4), learning_rate=1e-1, merges=None),
     "prefix_tuning": Method(_adapter("prefix_tuning", num_virtual_tokens=4), learning_rate=5e-2, merges=None),
     "p_tuning": Method(_adapter("p_tuning", num_virtual_tokens=4), merges=None),
     "qlora, nf4": Method(_lora(), NF4),
