@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -29,6 +28,7 @@ from tunesmith.engine import dtensor_state
 from tunesmith.engine.adopt import deal_weights, take_weights
 from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.engine.layers import transformer_layers
+from tunesmith.engine.mesh import shard_mesh
 from tunesmith.engine.ranks import RankedEngine
 from tunesmith.engine.sequence_parallel import SequenceParallel
 from tunesmith.engine.tensor_parallel import split_layers
@@ -67,7 +67,7 @@ class FSDP2Engine(RankedEngine):
         self._unused: tuple[str, ...] = ()
         self._trained: Collection[str] | None = None  # of those that are ever trained; None: all
         self._split = 0  # parameters that tensor parallelism cuts
-        self.mesh, self.tensor_mesh = _mesh(device_type, self.world_size, settings)
+        self.mesh, self.tensor_mesh = shard_mesh(device_type, self.world_size, settings)
         tensor_size, sequence_size = settings.tensor_parallel_size, settings.sequence_parallel_size
         self._tensor_rank = self.rank % tensor_size
         self.draw_rank, self.mean_size = self.rank // tensor_size, self.world_size // tensor_size
@@ -289,22 +289,3 @@ class FSDP2Engine(RankedEngine):
         vars(self).pop("train_module", None)
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _mesh(device_type: str, world_size: int, settings: FSDP2) -> tuple[DeviceMesh, DeviceMesh | None]:
-    """(the mesh of the shards: 1-D, or copies × shards; that of tensor parallelism, if there is one). Raises
-    UserError where the number of processes does not divide so."""
-    tensor_size = settings.tensor_parallel_size
-    shard_size = settings.shard_size or max(1, world_size // tensor_size)
-    if world_size % (shard_size * tensor_size):
-        raise UserError(
-            f"parallel: shard_size {shard_size} × tensor_parallel_size {tensor_size} does not divide the "
-            f"{world_size} processes"
-        )
-    copies = world_size // (shard_size * tensor_size)
-    # the ranks of one layer are neighbours: they talk most
-    mesh = init_device_mesh(
-        device_type, (copies, shard_size, tensor_size), mesh_dim_names=("copy", "shard", "tensor")
-    )
-    shards = mesh["shard"] if copies == 1 else mesh["copy", "shard"]
-    return shards, mesh["tensor"] if tensor_size > 1 else None
