@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,21 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def llama(workshop: Path) -> Any:
-    return transformers.LlamaForCausalLM.from_pretrained(workshop / "models" / "llama").eval()
+def llama(workshop: Path, folder: str = "llama") -> Any:
+    return transformers.LlamaForCausalLM.from_pretrained(workshop / "models" / folder).eval()
+
+
+def widen(workshop: Path) -> str:
+    """A Llama whose rows are whole blocks of 4-bit weights."""
+    narrow, wide = workshop / "models" / "llama", workshop / "models" / "llama, wide"
+    if not wide.exists():
+        shutil.copytree(narrow, wide)
+        config = transformers.LlamaConfig.from_pretrained(
+            narrow, hidden_size=64, intermediate_size=128, head_dim=16
+        )
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(wide)
+    return wide.name
 
 
 def put(model: Any, *settings: dict[str, Any], task: str = "causal_lm") -> Any:
@@ -208,7 +222,7 @@ def test_a_quantised_base_is_merged_in_fp32(workshop: Path, kind: str, init: boo
     attached = put(model, LORA | {"init_lora_weights": init})
     assert not attached.changes_base
     if init == "loftq":
-        weights = dict(llama(workshop).named_parameters())
+        weights = dict(llama(workshop, widen(workshop)).named_parameters())
         for name, layer in attached.model.get_base_model().named_modules():
             if hasattr(layer, "lora_A"):
                 loss = lost(layer, weights[f"{name}.weight"])
@@ -230,7 +244,7 @@ def quantised(workshop: Path, kind: str) -> Any:
     from tunesmith.model import load_model, load_tokenizer
     from tunesmith.objectives import build_objective
 
-    folder = workshop / "models" / "llama"
+    folder = workshop / "models" / widen(workshop)
     recipe = tiny_recipe(
         workshop / "quantised",
         model={

@@ -83,6 +83,16 @@ def check_alone(adapter: Adapter, config: Any, model: Any, task: Task) -> None:
         raise UserError(
             f"{key(adapter)}: {kind} reads weights that ZeRO-3 has partitioned; use zero2, or lora"
         )
+    if kind in PROMPTS and partitioned:
+        raise UserError(
+            f"{key(adapter)}: {adapter.type}: PEFT reads embeddings outside the modules for which ZeRO-3 gathers them; "
+            "use zero2 or fsdp2"
+        )
+    if getattr(config, "trainable_token_indices", None) and partitioned:
+        raise UserError(
+            f"{key(adapter)}.trainable_token_indices: PEFT gathers what ZeRO-3 has partitioned on a GPU alone, which "
+            "nobody has proved; use zero2 or fsdp2"
+        )
     if start == "orthogonal" and quantised:
         raise UserError(
             f"{key(adapter)}.init_lora_weights: orthogonal is drawn in the weights' dtype, which few bits have none of"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.quantized import is_quantized_parameter
+from tunesmith.unpartitioned import unpartitioned
 
 
 @torch.no_grad()
@@ -18,7 +19,8 @@ def make_up(peft: Any, adapter: str) -> None:
     """Replaces A and B of every quantised layer: s·B·A = the first r singular values of W − Q(W). Reads the base's
     files once more, in fp32. Raises OSError where they are not there."""
     base = peft.get_base_model()
-    original = type(base).from_pretrained(base.name_or_path, dtype=torch.float32)
+    with unpartitioned():
+        original = type(base).from_pretrained(base.name_or_path, dtype=torch.float32)
     weights: dict[str, Tensor] = dict(original.named_parameters())
     for name, layer in base.named_modules():
         if adapter not in getattr(layer, "lora_A", ()) or not is_quantized_parameter(layer.base_layer.weight):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from tunesmith.planning.inspect import inspect
 from tunesmith.planning.memory import PARTS, Setup, estimate
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.optim import SGD
+from tunesmith.unpartitioned import unpartitioned
 
 # what tracing foreign code without data may raise: the run does not need the prediction
 _FAULTS = (UserError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -38,23 +37,10 @@ def predict_peak(recipe: Recipe, base: Path, built: Built) -> dict[str, Any]:
     beside (libraries, and what its allocator keeps), as that one backward showed; or `bytes` None and `why`.
     `recipe.parallel` is a strategy, not auto."""
     try:
-        with _nothing_partitioned():
+        with unpartitioned():
             return _predicted(recipe, base, built)
     except _FAULTS as error:
         return {"bytes": None, "why": f"{type(error).__name__}: {error}".splitlines()[0]}
-
-
-@contextmanager
-def _nothing_partitioned() -> Generator[None]:
-    """Under ZeRO-3 transformers would partition the model that is traced, too, which takes all ranks."""
-    from transformers.integrations import deepspeed
-
-    library: Any = deepspeed
-    held, library._hf_deepspeed_config_weak_ref = library._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        library._hf_deepspeed_config_weak_ref = held
 
 
 def _predicted(recipe: Recipe, base: Path, built: Built) -> dict[str, Any]:

@@ -131,7 +131,8 @@ def compute_dtype(settings: Quantization, precision: str) -> torch.dtype:
 
 def quantise(model: Any, settings: Quantization, precision: str, *, cuda: bool) -> None:
     """The linear layers (and GPT-2's Conv1D) of the backbone become quantised ones, in place, but for `skip_modules`
-    and those whose weight is shared, as tunesmith.quantization has it."""
+    and those whose weight is shared, or in 4 bits those whose rows are no whole blocks, as tunesmith.quantization has
+    it."""
     from transformers.pytorch_utils import Conv1D
 
     compute = compute_dtype(settings, precision)
@@ -148,6 +149,8 @@ def quantise(model: Any, settings: Quantization, precision: str, *, cuda: bool) 
             continue
         rows, columns = layer.weight.shape
         shape = (columns, rows) if transposed else (rows, columns)
+        if isinstance(settings, FourBit) and shape[1] % _BLOCK:
+            continue
         made = QuantisedLinear(shape, layer.bias, settings, compute, cuda=cuda)
         model.set_submodule(name, made)
 
