@@ -31,8 +31,8 @@ ALONE = [
 ]  # fmt: skip
 SPREAD = [
     ("lora+", "ddp"), ("lora", "zero2"), ("lora", "zero3"), ("lora", "fsdp2"), ("dora", "fsdp2"), ("pissa", "zero3"),
-    ("lora, modules_to_save", "zero3"), ("prompt_tuning", "fsdp2"), ("ia3", "zero3"), ("qlora, nf4", "ddp"), ("qlora, nf4", "zero3"),
-    ("last layer and head", "fsdp2"), ("gradual unfreezing, layer decay", "zero3"),
+    ("lora, modules_to_save", "zero3"), ("prompt_tuning", "fsdp2"), ("ia3", "zero3"), ("qlora, nf4", "ddp"),
+    ("qlora, nf4", "zero3"), ("last layer and head", "fsdp2"), ("gradual unfreezing, layer decay", "zero3"),
 ]  # fmt: skip
 
 
