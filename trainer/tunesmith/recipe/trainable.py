@@ -56,9 +56,9 @@ class Trainable(Section):
     `unfreeze` names exceptions in the same words, what is trained from a later moment on (`{at: 0.2, layers: last
     2}`), or gradual unfreezing (`{every: 1 epoch}`). With `adapters` the model is frozen but for them and the head,
     and only gradual unfreezing opens these. `head` replaces the model's own. `layer_lr_decay` multiplies the learning
-    rate once per layer below the head. `learning_rates` gives parameters (named as in `freeze`) a rate of their own; the last
-    entry that names a parameter counts. `cache_features` computes what a frozen backbone makes of each row once, and
-    trains the head on that."""
+    rate once per layer below the head. `learning_rates` gives parameters (named as in `freeze`) a rate of their own;
+    the last entry that names a parameter counts. `cache_features` computes what a frozen backbone makes of each row
+    once, and trains the head on that."""
 
     freeze: list[SelectorText] = Field(default_factory=list[str])
     unfreeze: list[SelectorText | Later] | Gradual = Field(default_factory=list[Any])
