@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from tunesmith.adapters.attach import attach
+from tunesmith.errors import UserError
 from tunesmith.model import load_model
 from tunesmith.module import AUTOCAST
 from tunesmith.objectives import Objective
 from tunesmith.precision import choose
 from tunesmith.quantized import scales
 from tunesmith.recipe import Recipe
+from tunesmith.recipe.adapters import Adapter, Existing, Lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ def assemble(
     settings, seed = recipe.trainable, recipe.training.seed
     precision, _ = choose(recipe.training.precision, device)
     whole = bool(settings.adapters) or settings.head is not None or recipe.model.quantization is not None
+    whole = whole or bool(recipe.model.add_tokens)
     loaded = load_model(
         recipe.model,
         base,
@@ -73,7 +76,7 @@ def assemble(
         return Assembled(loaded.model, loaded.facts, loaded.notes, loaded.fill, from_files=from_files)
     attached = attach(
         loaded.model,
-        settings.adapters,
+        _training_tokens(settings.adapters, recipe.model.add_tokens, tokenizer),
         objective.auto_class.__name__,
         base,
         seed,
@@ -88,6 +91,22 @@ def assemble(
         loaded.fill,
         attached.lr_scale,
         frozenset() if attached.changes_base else from_files,
+    )
+
+
+def _training_tokens(adapters: Sequence[Adapter], tokens: Sequence[str], tokenizer: Any) -> list[Adapter]:
+    """The adapters with the rows of `tokens` among what the first LoRA trains and saves, unless it does already."""
+    found = list(adapters)
+    if not tokens or any(isinstance(one, Existing) or one.path is not None for one in found):
+        return found
+    for at, one in enumerate(found):
+        if isinstance(one, Lora) and one.trainable:
+            if one.trainable_token_indices is None and not one.modules_to_save:
+                rows = sorted({int(tokenizer.convert_tokens_to_ids(token)) for token in tokens})
+                found[at] = one.model_copy(update={"trainable_token_indices": rows})
+            return found
+    raise UserError(
+        f"model.add_tokens: {found[0].type} leaves the rows of new tokens untrained: use lora, which trains them"
     )
 
 

@@ -79,6 +79,9 @@ def load_tokenizer(settings: Model, base: Path, texts: Iterable[str] | None = No
             raise UserError(f"model.tokenizer: {name} has neither a pad nor an eos token")
         tokenizer.pad_token = tokenizer.eos_token
         notes.append(f"the tokenizer has no pad token: {tokenizer.eos_token} pads (padding is never trained)")
+    if known := [token for token in settings.add_tokens if token in tokenizer.get_vocab()]:
+        notes.append(f"model.add_tokens: the tokenizer has {_few(known)} already")
+    tokenizer.add_tokens(settings.add_tokens)
     return tokenizer, notes
 
 
@@ -149,7 +152,7 @@ def load_model(
     else:
         loaded.model, found = _attempt(settings, objective, source.whole)
         _tell(loaded, source.path, found)
-    _fit_vocabulary(loaded, tokenizer)
+    _fit_vocabulary(loaded, settings, tokenizer, seed)
     loaded.facts |= attach(loaded.model, settings)
     if settings.gradient_checkpointing:
         _checkpoint_activations(loaded.model)
@@ -261,13 +264,19 @@ def _tell(loaded: Loaded, path: str | None, found: dict[str, Any]) -> None:
         loaded.notes.append(f"weights of the checkpoint that this model does not use: {_few(unused)}")
 
 
-def _fit_vocabulary(loaded: Loaded, tokenizer: Any) -> None:
+def _fit_vocabulary(loaded: Loaded, settings: Model, tokenizer: Any, seed: int) -> None:
     embeddings: nn.Embedding | None = loaded.model.get_input_embeddings()
-    if embeddings is not None and len(tokenizer) > embeddings.num_embeddings:
+    if embeddings is None or (new := len(tokenizer) - embeddings.num_embeddings) <= 0:
+        return
+    if new > len(settings.add_tokens):
         raise UserError(
             f"model.tokenizer: it has {len(tokenizer)} tokens, the model's embedding {embeddings.num_embeddings}: "
-            "they do not belong together"
+            "they do not belong together (or name the new ones in model.add_tokens)"
         )
+    torch.manual_seed(seed)
+    loaded.model.resize_token_embeddings(len(tokenizer))  # around the mean of the others (Hewitt 2021)
+    loaded.facts["new_embeddings"] = new
+    loaded.notes.append(f"the embedding has {new} new rows, for model.add_tokens")
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int]:

@@ -20,11 +20,13 @@ class TrainTokenizer(Section):
 class Model(Section):
     """`model_name_or_path` is a local folder or a hub id, or `builtin:minilm` (the quickstart extra).
     With `init: from_config` the weights are random; `config` then gives (or overrides) the fields of the
-    model's `config.json`, `model_type` among them where there is no `model_name_or_path`. `dropout` overrides every
-    dropout probability of the model, `drop_path` that of leaving out a whole layer for a row, which rises with the
-    depth to this one at the last layer (stochastic depth, Huang et al. 2016); `neftune_noise_alpha` adds uniform noise
-    of ±alpha/√(tokens × width) to the embeddings while it trains (Jain et al. 2023). `quantization` holds
-    the frozen base in few bits: nf4, fp4, int8, or with settings `{type: nf4, …}`."""
+    model's `config.json`, `model_type` among them where there is no `model_name_or_path`. `add_tokens` are put into
+    the tokenizer and, where the embedding has no room for them, into it: new rows begin around the mean of the
+    others; a LoRA trains them. `dropout` overrides every dropout probability of the model, `drop_path` that of
+    leaving out a whole layer for a row, which rises with the depth to this one at the last layer (stochastic depth,
+    Huang et al. 2016); `neftune_noise_alpha` adds uniform noise of ±alpha/√(tokens × width) to the embeddings while
+    it trains (Jain et al. 2023). `quantization` holds the frozen base in few bits: nf4, fp4, int8, or with settings
+    `{type: nf4, …}`."""
 
     model_name_or_path: str | None = None
     revision: str | None = None
@@ -32,6 +34,7 @@ class Model(Section):
     config: dict[str, Any] = Field(default_factory=dict[str, Any])
     tokenizer: str | TrainTokenizer | None = None
     chat_template: str | None = None
+    add_tokens: list[str] = Field(default_factory=list[str])
     attn_implementation: Literal[
         "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "sdpa"

@@ -18,6 +18,7 @@ _OURS = {
     "model.config: {model_type: …}": "model_type architecture arch",
     "model.revision": "model_revision revision_of_model base_model_revision",
     "model.tokenizer": "tokenizer_name tokenizer_name_or_path tokenizer_path tokenizer_config",
+    "model.add_tokens": "new_tokens added_tokens additional_tokens new_special_tokens resize_vocab tokens",
     "model.chat_template": "template chat_template_path chat_template_jinja",
     "model.attn_implementation": """attn_impl flash_attn flash_attention use_flash_attention
         use_flash_attn use_flash_attention_2 flash_attention_2 sdp_attention xformers_attention
