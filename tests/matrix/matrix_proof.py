@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.matrix.matrix_cells import ENGINE_FAMILY, METHODS, MIDDLE, RANKS, Cell, Method, cell_recipe
-from tests.matrix.matrix_watch import FILE, NAMES, Seen, Watched, read
+from tests.matrix.matrix_watch import FILE, NAMES, Seen, Watched, read, watching
 from tests.numerics.rank_pool import Pools, Ranks
 from tunesmith.adapters.merge import merge
 from tunesmith.commands.export import sample_batch
@@ -130,7 +130,8 @@ def _losses(run_dir: Path) -> list[float]:
 
 def _train(cell: Cell, recipe: Recipe, workshop: Path, pools: Pools, how: Resume) -> None:
     if cell.engine == "single":
-        run(recipe, workshop, how)
+        with watching():
+            run(recipe, workshop, how)
     else:
         pools[RANKS].run(recipe, workshop, how)
 

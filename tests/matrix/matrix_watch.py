@@ -1,9 +1,11 @@
 """What only the ranks of a run can tell: their weights as it begins and as it ends, and the logits of the trained
-model. To be imported there; a run that is to be watched is started with `Watched()`, whose arrival imports this."""
+model. A run that is to be watched is started with `Watched()` in ranks, within `watching()` in this process."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,10 @@ _trained: set[str] = set()
 
 
 class Watched(Resume):
-    """As Resume."""
+    """As Resume; a process that it is sent to watches its runs from then on."""
+
+    def __reduce__(self) -> tuple[Any, tuple[bool]]:
+        return _arrived, (self.resume,)
 
 
 @dataclass(frozen=True)
@@ -83,4 +88,21 @@ def _at_the_end(engine: Engine, recipe: Any, tokenizer: Any, run_dir: Path, *res
     return _export_final(engine, recipe, tokenizer, run_dir, *rest)
 
 
-tunesmith.run.fuse_loss, tunesmith.run.export_final = _at_the_beginning, _at_the_end
+def _watch(began: Any, ended: Any) -> None:
+    tunesmith.run.fuse_loss, tunesmith.run.export_final = began, ended
+
+
+@contextmanager
+def watching() -> Generator[None]:
+    """Runs of this process are watched."""
+    _watch(_at_the_beginning, _at_the_end)
+    try:
+        yield
+    finally:
+        _watch(_fuse_loss, _export_final)
+
+
+def _arrived(resume: bool) -> Watched:
+    """In a rank, which has no other runs: for good."""
+    _watch(_at_the_beginning, _at_the_end)
+    return Watched(resume=resume)

@@ -51,7 +51,7 @@ def test_other_noise_ends_elsewhere(train: Run, monkeypatch: pytest.MonkeyPatch)
     """What the test above would see if a shard drew other numbers than the whole."""
     whole = train("causal_lm", ADAMW, WHOLE, 5, **asked("bf16_stochastic"))
     made = Spec.of
-    monkeypatch.setattr(Spec, "of", lambda recipe: replace(made(recipe), seed=99))
+    monkeypatch.setattr(Spec, "of", lambda *given: replace(made(*given), seed=99))
     other = train(
         "causal_lm", ADAMW, WHOLE, 5, **asked("bf16_stochastic"), checkpoint={"save_total_limit": 9}
     )

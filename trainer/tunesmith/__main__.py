@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train(loaded, given)
     except BaseException as error:
         # the ranks' launcher sends SIGTERM to all as soon as one has ended: what is left here takes a moment
-        _on_signals(signal.SIG_IGN)
+        _on_signals(_nothing)
         told = describe(error, word.folder)
         code, reason = told or (1, "".join(traceback.format_exception_only(error)).strip())
         speak, reason = word.leave(code, reason)
@@ -153,14 +153,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _on_signals(handler: signal.Handlers) -> None:
+def _on_signals(handler: signal.Handlers | Callable[[int, FrameType | None], None]) -> None:
     for number in _SIGNALS:
         signal.signal(number, handler)
 
 
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """In place of SIG_IGN: Python complains of a signal that arrives while that is set."""
+
+
 def _raise_signalled(number: int, frame: FrameType | None) -> None:
     """Until the loop takes the signals over, and after it: nothing can be saved."""
-    _on_signals(signal.SIG_IGN)
+    _on_signals(_nothing)
     raise Signalled(number)
 
 
