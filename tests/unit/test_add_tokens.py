@@ -68,6 +68,16 @@ def test_a_lora_trains_saves_and_merges_the_rows_of_new_tokens(tmp_path: Path) -
     assert not torch.allclose(found[new[1]], mean, atol=1e-3)  # it has moved
 
 
+def test_other_rows_and_modules_do_not_leave_the_new_ones_out(tmp_path: Path) -> None:
+    model = base(tmp_path)
+    lora = LORA | {"modules_to_save": ["lm_head"], "trainable_token_indices": [7]}
+    recipe = more(tmp_path, model, "both", TOKENS, adapters=[lora])
+    run(recipe, tmp_path, Resume())
+    saved = load_file(run_dir(recipe) / "final" / "adapter_model.safetensors")
+    (rows,) = (value for name, value in saved.items() if "trainable_tokens" in name)
+    assert len(rows) == 4
+
+
 def test_tokens_that_nothing_would_train_are_refused(tmp_path: Path) -> None:
     recipe = more(tmp_path, base(tmp_path), "ia3", TOKENS, adapters=[{"type": "ia3"}])
     with pytest.raises(UserError, match=r"model\.add_tokens: ia3 leaves the rows of new tokens untrained"):

@@ -192,6 +192,7 @@ BAD = {
         ":1: model.drop_path: and trainable.cache_features exclude each other",
         ":4: trainable.cache_features: needs a backbone that never changes: add freeze: [backbone]",
         ":4: trainable.cache_features: needs a backbone that never changes: unfreeze the head only"),
+    "new_tokens_that_are_frozen": ("model: {model_name_or_path: m, add_tokens: [a]}\n" + TAIL + "trainable: {freeze: [embeddings]}\n", ":1: model.add_tokens: the rows of new tokens would stay as they were drawn: trainable.freeze names them"),
     "noise_on_what_is_frozen": ("model: {model_name_or_path: m, neftune_noise_alpha: 5}\n" + TAIL + "trainable: {freeze: [backbone]}\n", ":1: model.neftune_noise_alpha: has no effect: a backbone that is frozen computes as in evaluation"),
     "noise_and_prompts": ("model: {model_name_or_path: m, neftune_noise_alpha: 5}\n" + TAIL + "trainable: {adapters: [{type: prompt_tuning}]}\n", ":4: trainable.adapters.0.type: prompt_tuning and model.neftune_noise_alpha exclude each other: both act on the embeddings"),
     "cached_features_of_adapters": (HEAD + "trainable: {cache_features: true, adapters: {type: lora}}\n", ":4: trainable.cache_features: and adapters exclude each other: they change the features at every step"),

@@ -76,7 +76,7 @@ def assemble(
         return Assembled(loaded.model, loaded.facts, loaded.notes, loaded.fill, from_files=from_files)
     attached = attach(
         loaded.model,
-        _training_tokens(settings.adapters, recipe.model.add_tokens, tokenizer),
+        _training_tokens(loaded.model, settings.adapters, recipe.model.add_tokens, tokenizer),
         objective.auto_class.__name__,
         base,
         seed,
@@ -94,15 +94,21 @@ def assemble(
     )
 
 
-def _training_tokens(adapters: Sequence[Adapter], tokens: Sequence[str], tokenizer: Any) -> list[Adapter]:
-    """The adapters with the rows of `tokens` among what the first LoRA trains and saves, unless it does already."""
+def _training_tokens(
+    model: Any, adapters: Sequence[Adapter], tokens: Sequence[str], tokenizer: Any
+) -> list[Adapter]:
+    """The adapters with the rows of `tokens` among what the first LoRA trains and saves, unless it does already with
+    the whole embedding."""
     found = list(adapters)
     if not tokens or any(isinstance(one, Existing) or one.path is not None for one in found):
         return found
+    embeddings = model.get_input_embeddings()
+    place = next(f".{name}" for name, module in model.named_modules() if module is embeddings)
     for at, one in enumerate(found):
         if isinstance(one, Lora) and one.trainable:
-            if one.trainable_token_indices is None and not one.modules_to_save:
-                rows = sorted({int(tokenizer.convert_tokens_to_ids(token)) for token in tokens})
+            if not any(place.endswith(f".{name}") for name in one.modules_to_save):
+                new = {int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
+                rows = sorted(new | set(one.trainable_token_indices or []))
                 found[at] = one.model_copy(update={"trainable_token_indices": rows})
             return found
     raise UserError(

@@ -17,7 +17,6 @@ from tunesmith.objectives.base import Objective
 from tunesmith.recipe.model import Model, TrainTokenizer
 from tunesmith.recipe.trainable import Head
 from tunesmith.regularize import attach, configure
-from tunesmith.regularize import override_dropout as override_dropout
 from tunesmith.shapes import whole_numel
 from tunesmith.weights import Source
 

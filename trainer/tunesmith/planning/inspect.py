@@ -14,7 +14,7 @@ import torch
 from tunesmith.errors import UserError
 from tunesmith.fused_head import FusedHead
 from tunesmith.fusing import choose_head
-from tunesmith.model import override_dropout, resolve_path
+from tunesmith.model import resolve_path
 from tunesmith.planning.activations import Profile, Variant, profile, traced, vocabulary_of
 from tunesmith.planning.adapters import attached
 from tunesmith.planning.layers import cut, find_stacks, uncut
@@ -24,6 +24,7 @@ from tunesmith.planning.workload import Workload, units_of
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.model import TrainTokenizer
 from tunesmith.recipe.parallel import FSDP2, Parallel, Zero3
+from tunesmith.regularize import override_dropout
 from tunesmith.terms import TokenCrossEntropy
 from tunesmith.trainable import apply_trainable
 

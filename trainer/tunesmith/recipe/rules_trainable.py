@@ -99,6 +99,16 @@ def _cache_features(recipe: Recipe) -> Iterator[Problem]:
             yield problem_at(f"model.{name}", "and trainable.cache_features exclude each other")
 
 
+def _new_tokens(recipe: Recipe) -> Iterator[Problem]:
+    trainable = recipe.trainable
+    frozen = _freezes_backbone(recipe) or "embeddings" in trainable.freeze
+    if recipe.model.add_tokens and frozen and not trainable.adapters and not trainable.unfreeze:
+        yield problem_at(
+            "model.add_tokens",
+            "the rows of new tokens would stay as they were drawn: trainable.freeze names them",
+        )
+
+
 def _neftune(recipe: Recipe) -> Iterator[Problem]:
     key, trainable = "model.neftune_noise_alpha", recipe.trainable
     if recipe.model.neftune_noise_alpha is None:
@@ -183,6 +193,7 @@ def _rates(recipe: Recipe) -> Iterator[Problem]:
 RULES: tuple[tuple[set[str], Callable[[Recipe], Iterator[Problem]]], ...] = (
     ({"model", "trainable", "training", "parallel"}, _quantization),
     ({"model", "trainable", "objective"}, _cache_features),
+    ({"model", "trainable"}, _new_tokens),
     ({"model", "trainable", "parallel"}, _neftune),
     ({"trainable", "objective"}, _head),
     ({"trainable", "data"}, _adapters),
