@@ -62,10 +62,10 @@ format: install
 
 # A file's tests stay in one process, which may keep a pool of ranks for them.
 test: install
-	$(PYTEST) -m 'not slow and not every_gpu'
+	$(PYTEST) -m 'not slow'
 
 test-slow: install
-	$(PYTEST) -m 'slow and not every_gpu'
+	$(PYTEST) -m slow
 
 test-all: install
 	$(PYTEST)
