@@ -20,6 +20,10 @@ class Batch:
     rows: tuple[int, ...]  # places in the table; -1 for a filler
     tokens: int  # not counting padding
     aligned: bool = False  # labels stand where they are predicted, not where they are read
+    draws: Tensor | None = (
+        None  # int64 [rows]: a random number per row, of (seed, epoch, row); while training
+    )
+    task: str = ""  # of a run of several
 
     @property
     def samples(self) -> int:
@@ -32,6 +36,20 @@ class Batch:
             self,
             inputs={name: value.to(device, non_blocking=True) for name, value in self.inputs.items()},
             targets={name: value.to(device, non_blocking=True) for name, value in self.targets.items()},
+            draws=None if self.draws is None else self.draws.to(device, non_blocking=True),
+        )
+
+    def repeated(self, times: int) -> Batch:
+        """All rows `times` times, one copy of them behind the other."""
+        if times == 1:
+            return self
+        return replace(
+            self,
+            inputs={name: _repeated(value, times) for name, value in self.inputs.items()},
+            targets={name: _repeated(value, times) for name, value in self.targets.items()},
+            rows=self.rows * times,
+            tokens=self.tokens * times,
+            draws=None if self.draws is None else self.draws.repeat(times),
         )
 
     def as_filler(self) -> Batch:
@@ -41,3 +59,7 @@ class Batch:
             for name, value in self.targets.items()
         }
         return replace(self, targets=blank, rows=(-1,) * len(self.rows), tokens=0)
+
+
+def _repeated(value: Tensor, times: int) -> Tensor:
+    return value.repeat(times, *[1] * (value.ndim - 1))

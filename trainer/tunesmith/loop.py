@@ -17,6 +17,7 @@ from tunesmith.later import Later
 from tunesmith.loss_scale import LossScale
 from tunesmith.memory import peak_memory_bytes
 from tunesmith.nonfinite import explain_nonfinite
+from tunesmith.parts import Strategies
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.schedule import ReduceOnPlateau
 from tunesmith.schedules import Plateau, multiplier
@@ -55,6 +56,7 @@ class Loop:
     metric: tuple[str, bool] | None  # what chooses the best, and whether greater is better
     plateau: Plateau | None = None
     plan: Plan = field(default_factory=Plan)
+    strategies: Strategies = field(default_factory=Strategies)
     _stage: int | None = None
     _window: list[StepResult] = field(default_factory=list[StepResult])
     _since: float = 0.0
@@ -93,6 +95,7 @@ class Loop:
                 scale=self.scale,
                 broken=broken,
                 stop=self.services.stop_requested(),
+                strategies=self.strategies,
             )
             broken = result.broken
             progress.step += 1
@@ -120,6 +123,8 @@ class Loop:
     def _open(self, step: int) -> None:
         """What `step` trains, where that is not what the step before did: a pure function of the step, so that a
         resumed run needs no state for it."""
+        for part in self.strategies.steps:
+            part.open(step)
         if not self.plan.openings or (stage := self.plan.stage(step)) == self._stage:
             return
         self._stage = stage
@@ -178,7 +183,7 @@ class Loop:
         seconds = time.perf_counter() - self._since
         losses = torch.stack([result.loss for result in self._window]).tolist()
         counts = torch.stack([result.counts for result in self._window]).sum(0).tolist()
-        terms = len(self.terms)
+        terms, own = len(self.terms), len(self.engine.train_module.objective.terms)
         self.progress.samples += int(counts[terms])
         self.progress.tokens += int(counts[terms + 1])
         self.progress.train_seconds += seconds
@@ -189,13 +194,13 @@ class Loop:
                 loss=sum(losses) / len(losses),
                 learning_rate=self.learning_rate(step - 1),
                 grad_norm=float(self._window[-1].norm),
-                units=int(sum(counts[:terms])),
+                units=int(sum(counts[:own])),
                 samples=self.progress.samples,
                 tokens=int(counts[terms + 1]),
                 tokens_per_second=counts[terms + 1] / max(seconds, 1e-9),
                 seconds=self.progress.train_seconds,
                 peak_memory_bytes=peak_memory_bytes(self.engine.device),
-                extra=self._fp16() | self._rates(),
+                extra=self._fp16() | self._rates() | self._strategies(),
             )
         )
         self._window.clear()
@@ -212,6 +217,17 @@ class Loop:
         if len({(group["lr_scale"], group["opens"], group["warmup"]) for group in groups}) == 1:
             return {}
         return {f"learning_rate/{group['place']}": group["lr"] for group in groups}
+
+    def _strategies(self) -> dict[str, float]:
+        """What each term and each penalty of the window was, where there is more than the objective's own loss."""
+        found: dict[str, float] = {}
+        if len(self.terms) > 1:
+            terms = torch.stack([result.terms for result in self._window]).mean(0).tolist()
+            found |= {f"loss/{term.name}": value for term, value in zip(self.terms, terms, strict=True)}
+        for name in self._window[0].penalties:
+            values = torch.stack([result.penalties[name] for result in self._window])
+            found[f"penalty/{name}"] = float(values.mean())
+        return found
 
     def _evaluate(self, step: int) -> tuple[bool, str | None]:
         """(whether this is the best so far, why to end now)"""

@@ -5,8 +5,9 @@ leave it. Its forward has a mode; every rank runs the same mode at the same time
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from math import prod
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from tunesmith.batch import Batch
 from tunesmith.fused_head import FusedHead
 from tunesmith.objectives.base import Objective
+from tunesmith.parts import ForwardPart
+from tunesmith.terms import Term
 from tunesmith.trainable.modes import settle_modes
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -48,15 +51,25 @@ class Compared(NamedTuple):
 
 
 class TrainModule(nn.Module):
-    """`forward(batch, "loss", normalizers)` → Loss; `forward(batch, "predict")` → Predicted;
+    """`forward(batch, "loss", normalizers, weights=…)` → Loss; `forward(batch, "predict")` → Predicted;
     `forward(batch, "generate", options=…)` → generated token ids [rows, new tokens]; `forward(batch, "logits")` → the
     model's own without autocast, fp32 [rows, positions, classes]; `forward(batch, "compare")` → Compared. With a
-    `fused_head`, losses are computed from the hidden states and the head."""
+    `fused_head`, losses are computed from the hidden states and the head. `terms`: all that the training's loss has,
+    the objective's first; `parts`: what strategies add to its forward. Evaluations have the objective's terms alone."""
 
-    def __init__(self, model: nn.Module, objective: Objective, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        precision: Precision,
+        terms: Sequence[Term] = (),
+        parts: Sequence[ForwardPart] = (),
+    ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
+        self.parts = tuple(parts)
+        self._added_terms = tuple(terms)
         self.precision: Precision = precision
         self.untouched: tuple[str, ...] = ()
         self.fused_head: FusedHead | None = None
@@ -73,8 +86,12 @@ class TrainModule(nn.Module):
         mode: Literal["loss", "predict", "generate", "logits", "compare"] = "loss",
         normalizers: Tensor | None = None,
         options: Mapping[str, Any] | None = None,
+        weights: Tensor | None = None,
     ) -> Loss | Predicted | Compared | Tensor:
         device = next(iter(batch.inputs.values())).device
+        if mode == "loss":
+            assert normalizers is not None
+            return self._loss(batch, normalizers, weights)
         dtype = AUTOCAST.get(self.precision)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None and mode != "logits"):
             if mode == "generate":
@@ -87,26 +104,41 @@ class TrainModule(nn.Module):
             return cast(Tensor, outputs["logits"]).float()
         if own is not None:
             return self._compare(outputs, own, batch)
-        if mode == "predict":
-            ones = torch.ones(len(self.objective.terms), device=device)
-            return Predicted(
-                torch.stack(self._parts(outputs, batch, ones)), self.objective.predict(outputs, batch)
-            )
-        assert normalizers is not None
-        parts = self._parts(outputs, batch, normalizers)
-        total = torch.stack(
-            [term.weight * part for term, part in zip(self.objective.terms, parts, strict=True)]
-        ).sum()
-        return Loss(total + self._touch(), torch.stack(parts).detach())
+        ones = torch.ones(len(self.objective.terms), device=device)
+        return Predicted(
+            torch.stack(_parts(self.objective.terms, outputs, batch, ones)),
+            self.objective.predict(outputs, batch),
+        )
 
-    def _parts(self, outputs: Mapping[str, Any], batch: Batch, normalizers: Tensor) -> list[Tensor]:
-        return [term(outputs, batch, normalizers[i]) for i, term in enumerate(self.objective.terms)]
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        return self.objective.terms + self._added_terms
+
+    def _loss(self, batch: Batch, normalizers: Tensor, weights: Tensor | None) -> Loss:
+        device, dtype = normalizers.device, AUTOCAST.get(self.precision)
+        views = prod(part.views for part in self.parts)
+        batch = batch.repeated(views)
+        options = {name: value for part in self.parts for name, value in part.options.items()}
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            with ExitStack() as around:
+                if self.fused_head is not None:
+                    around.enter_context(self.fused_head.standing_in())
+                for part in self.parts:
+                    around.enter_context(part.around(batch))
+                outputs: Mapping[str, Any] = self.objective.outputs(self.model, batch, **options)
+            for part in self.parts:
+                outputs = {**outputs, **part.add(self, outputs, batch)}
+        # a term sums over all copies of a row, of which the normalizer counts one
+        parts = torch.stack(_parts(self.terms, outputs, batch, normalizers * views))
+        if weights is None:
+            weights = torch.tensor([term.weight for term in self.terms], device=device)
+        return Loss((weights * parts).sum() + self._touch(), parts.detach())
 
     def _compare(self, fused: Mapping[str, Any], own: Mapping[str, Any], batch: Batch) -> Compared:
         ones = torch.ones(len(self.objective.terms), device=next(iter(batch.inputs.values())).device)
-        expected = torch.stack(self._parts(own, batch, ones))
+        expected = torch.stack(_parts(self.objective.terms, own, batch, ones))
         try:
-            return Compared(torch.stack(self._parts(fused, batch, ones)), expected, None)
+            return Compared(torch.stack(_parts(self.objective.terms, fused, batch, ones)), expected, None)
         except ValueError as error:
             return Compared(None, expected, str(error))
 
@@ -122,3 +154,9 @@ class TrainModule(nn.Module):
         encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
         start = 1 if encoder_decoder else batch.inputs["input_ids"].shape[1]
         return generated[:, start:]
+
+
+def _parts(
+    terms: Sequence[Term], outputs: Mapping[str, Any], batch: Batch, normalizers: Tensor
+) -> list[Tensor]:
+    return [term(outputs, batch, normalizers[i]) for i, term in enumerate(terms)]

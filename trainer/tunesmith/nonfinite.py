@@ -21,7 +21,7 @@ def explain_nonfinite(engine: Engine, stream: Stream, step: int, seed: int) -> s
         for sequence in ranks[engine.data_rank]
         for row in sequence
     ]
-    ones = torch.ones(len(stream.objective.terms), device=engine.device)
+    ones = torch.ones(len(engine.train_module.terms), device=engine.device)
     found: list[tuple[bool, str]] = []
     for i in range(max(engine.gather(len(own)))):
         micro_step, row = own[i] if i < len(own) else (0, None)

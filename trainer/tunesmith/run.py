@@ -47,6 +47,7 @@ from tunesmith.schedules import Plateau
 from tunesmith.session import Session
 from tunesmith.signals import StopRequest
 from tunesmith.startup import check_packing, probe
+from tunesmith.strategies import Building, build_strategies
 from tunesmith.strategy import settle
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 from tunesmith.tracking.events import Evaluated, Message, RunEnded, RunStarted
@@ -105,6 +106,9 @@ def _train(
     built = assemble(recipe, base, objective, tokenizer, engine.device, empty=engine.builds_empty)
     stream = build_stream(recipe, datasets["train"], objective)
     total_steps = count_steps(recipe, stream)
+    strategies = build_strategies(
+        Building(recipe, base, built, objective, tokenizer, datasets, stream, total_steps, engine.device)
+    )
     # freezing before the optimizer, which takes only what is ever trained; moments need the number of steps
     plan = plan_trainable(
         built.model,
@@ -121,11 +125,16 @@ def _train(
     head = choose_head(recipe, built.model, objective)
     # compiled before the engine wraps: what it hangs on the layers stays outside their graphs
     compiled = compile_layers(built.model) if recipe.training.torch_compile else 0
-    module = TrainModule(built.model, objective, precision)
+    module = TrainModule(built.model, objective, precision, strategies.terms, strategies.forward)
     settled = recipe.model_copy(update={"parallel": parallel})
     groups = memory_table(group_facts(module, spec), settled, engine.world_size)
     engine.rebuilt = built.rebuilt()
     engine.prepare(module, built.fill, spec)
+
+    for part in strategies.forward:
+        part.begin(engine)
+    for part in strategies.steps:
+        part.begin(engine, stream)
 
     # the fused loss before the probe, which runs what the training will run
     facts: dict[str, Any] = {
@@ -165,12 +174,13 @@ def _train(
 
     facts |= engine.facts() | {"engine_why": engine_why} | built.facts | trainable | {"groups": groups}
     facts |= {"compiled_layers": compiled} if compiled else {}
+    facts |= strategies.facts
     facts |= {"precision": precision, "precision_why": why, "total_steps": total_steps}
     facts |= batch_facts(recipe, stream, engine.data_size)
     facts |= {"data": {name: dataset.facts for name, dataset in datasets.items()}}
     facts |= {"preflight": preflight.facts} if preflight is not None else {}
     facts |= {
-        "notes": [*notes, *built.notes, *objective.notes(), *plan.notes],
+        "notes": [*notes, *built.notes, *objective.notes(), *plan.notes, *strategies.notes],
         "startup_seconds": time.perf_counter() - started,
     }
     if engine.rank == 0:
@@ -182,7 +192,7 @@ def _train(
     loop = Loop(
         engine,
         stream,
-        objective.terms,
+        module.terms,
         recipe,
         total_steps,
         state.progress,
@@ -191,6 +201,7 @@ def _train(
         metric,
         plateau,
         plan,
+        strategies,
     )
     try:
         reason = loop.run()

@@ -24,7 +24,7 @@ def probe(engine: Engine, stream: Stream) -> dict[str, float | int | list[str]]:
     repeats = 1 if stream.pack_length is None else max(1, stream.pack_length // int(lengths[longest]))
     cell = [[longest] * repeats] * min(stream.per_device, len(stream.dataset))
     batch = stream.batch(cell, 0, longest)
-    ones = torch.ones(len(engine.train_module.objective.terms), device=engine.device)
+    ones = torch.ones(len(engine.train_module.terms), device=engine.device)
     try:
         rehearsal = engine.rehearse(batch, ones)
     except torch.OutOfMemoryError:

@@ -16,8 +16,10 @@ from tunesmith.data.order import Salt, raw
 from tunesmith.engine import Engine
 from tunesmith.gradients import clip_coefficient
 from tunesmith.loss_scale import LossScale
-from tunesmith.module import Loss
+from tunesmith.parts import Strategies, Window
 from tunesmith.terms import Term
+
+PLAIN = Strategies()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class StepResult:
     """What a step leaves on the device: reading any of it waits for the step."""
 
     loss: Tensor  # 0-dim fp64: Σ weight × sum / units over the global batch
+    terms: Tensor  # fp64 [terms]: sum / units of each
+    penalties: dict[str, Tensor]  # 0-dim fp64, by the name of the strategy
     norm: Tensor  # 0-dim fp64: of the global gradient, before clipping
     counts: Tensor  # fp64 [terms + 3]: units per term, samples, tokens, ranks that were asked to stop
     broken: Tensor  # 0-dim fp32: not zero once a step was not finite; later updates are suppressed too
@@ -55,6 +59,7 @@ def train_step(
     scale: LossScale,
     broken: Tensor,
     stop: bool,
+    strategies: Strategies = PLAIN,
 ) -> StepResult:
     # d/dθ of Σ_terms weight · S/U: S sums over the labelled units of the *global* batch, U counts them. U is known
     # before the first backward; engines mean gradients over W ranks, so every micro-batch is divided by U/W.
@@ -63,17 +68,21 @@ def train_step(
     totals = [sum(batch.samples for batch in batches), sum(batch.tokens for batch in batches), int(stop)]
     counts = engine.sum(torch.tensor([*own, *totals], dtype=torch.float64))  # [terms + 3]
     normalizers = (counts[: len(terms)].clamp(min=1) / engine.mean_size).float()  # [terms]
+    weights = strategies.weights(step, terms).to(engine.device)  # [terms]
+    window = Window(engine, batches, normalizers, weights.float(), scale, step, seed)
 
-    parts = torch.zeros(len(terms), device=engine.device)
-    for micro_step, batch in enumerate(batches):
-        seed_generators(seed, step, micro_step, engine.draw_rank, engine.device)
-        with engine.accumulate(last=micro_step == len(batches) - 1):
-            loss: Loss = engine.forward(batch, "loss", normalizers)  # total: 0-dim, parts: [terms]
-            engine.backward(scale.apply(loss.total))
-        parts += loss.parts
+    def once() -> Tensor:
+        """Forward and backward of the window; a second pass draws the same dropout."""
+        parts = torch.zeros(len(terms), device=engine.device)
+        for micro_step, batch in enumerate(batches):
+            seed_generators(seed, step, micro_step, engine.draw_rank, engine.device)
+            parts += strategies.micro_step(window, batch, micro_step == len(batches) - 1)
+        return parts
 
-    weights = torch.tensor([term.weight for term in terms], dtype=torch.float64, device=engine.device)
-    total = (weights * engine.sum(parts.double()) / engine.mean_size).sum()
+    losses = engine.sum(strategies.gradients(window, once).double()) / engine.mean_size  # [terms]
+    total = (weights * losses).sum()
+    found = {part.name: part.penalize(step, scale.value) for part in strategies.steps}
+    penalties = {name: value for name, value in found.items() if value is not None}
     norm = engine.gradient_square_sum().sqrt() / scale.value
     bad_loss, bad_norm = (~torch.isfinite(total)).float(), (~torch.isfinite(norm)).float()
     # fp16 overflows in the backward are expected: they lower the scale. Anything else that is not finite stays set.
@@ -83,4 +92,7 @@ def train_step(
     update.set_learning_rates(engine.optimizer, learning_rate, step)
     engine.step(clip_coefficient(norm, max_grad_norm) / scale.value, skip)
     scale.update(bad_norm)
-    return StepResult(total, norm, counts, broken, skip * scale.enabled)
+    for part in strategies.steps:
+        part.observe(step, losses)
+        part.after_step(step, skip)
+    return StepResult(total, losses, penalties, norm, counts, broken, skip * scale.enabled)

@@ -31,6 +31,7 @@ class Salt(IntEnum):
     ROW = 4
     SPLIT = 5
     MODEL = 6
+    ROW_MODEL = 7
 
 
 def raw(n: int, *key: int) -> NDArray[np.uint64]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from tunesmith.batch import Batch
-from tunesmith.data.order import Order, Rows, Salt, deal
+from tunesmith.data.order import Order, Rows, Salt, deal, raw
 from tunesmith.data.packing import first_fit
 from tunesmith.data.prepare import Dataset
 from tunesmith.objectives import Objective
@@ -79,6 +80,9 @@ class Stream:
         if not cell:
             return self.batch([[fallback]], epoch, fallback).as_filler()
         seed = self.order.seed
+        draws = [
+            int(raw(1, seed, epoch, sequence[0], Salt.ROW_MODEL)[0] >> np.uint64(1)) for sequence in cell
+        ]
         groups = [
             [
                 self.objective.draw(self.dataset.table.row(row), (seed, epoch, row, Salt.ROW))
@@ -87,8 +91,10 @@ class Stream:
             for sequence in cell
         ]
         if self.pack_length is not None:
-            return self.objective.collate_packed(groups, cell)
-        return self.objective.collate([group[0] for group in groups], [sequence[0] for sequence in cell])
+            made = self.objective.collate_packed(groups, cell)
+        else:
+            made = self.objective.collate([group[0] for group in groups], [sequence[0] for sequence in cell])
+        return replace(made, draws=torch.tensor(draws))
 
     def batches(self, step: int, rank: int, world_size: int, *, prefetch: bool) -> list[Batch]:
         """This rank's batches of a step. With `prefetch` the next step's are made in a thread meanwhile."""

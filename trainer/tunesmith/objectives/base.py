@@ -107,9 +107,9 @@ class Objective(ABC):
 
     # the forward
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Mapping[str, Any]:
-        """The model's outputs for a batch."""
-        return model(**batch.inputs, return_dict=True)
+    def outputs(self, model: nn.Module, batch: Batch, **options: Any) -> Mapping[str, Any]:
+        """The model's outputs for a batch. `options`: more keyword arguments of its forward."""
+        return model(**batch.inputs, return_dict=True, **options)
 
     def predict(self, outputs: Mapping[str, Any], batch: Batch) -> list[Any]:
         """One prediction per row, of plain Python or NumPy values; [] where the metrics need none."""

@@ -85,8 +85,8 @@ class DecoderObjective(Objective):
             {"input_ids": ids, "position_ids": positions}, {"labels": labels}, tuple(chain(*places)), tokens
         )
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Mapping[str, Any]:
-        return model(**batch.inputs, use_cache=False, return_dict=True)
+    def outputs(self, model: nn.Module, batch: Batch, **options: Any) -> Mapping[str, Any]:
+        return model(**batch.inputs, use_cache=False, return_dict=True, **options)
 
     def loss_metrics(self, loss: float) -> dict[str, float]:
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf}

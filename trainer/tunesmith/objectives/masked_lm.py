@@ -166,8 +166,8 @@ class MaskedLMObjective(Objective):
 
         return AutoModelForPreTraining if self.settings.next_sentence else AutoModelForMaskedLM
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Mapping[str, Any]:
-        found = super().outputs(model, batch)
+    def outputs(self, model: nn.Module, batch: Batch, **options: Any) -> Mapping[str, Any]:
+        found = super().outputs(model, batch, **options)
         if self.settings.next_sentence and "seq_relationship_logits" not in found:
             raise UserError(f"objective.next_sentence: {type(model).__name__} has no next-sentence head")
         return found

@@ -44,9 +44,9 @@ class EncoderDecoderObjective(Objective):
             inputs, {"labels": labels}, tuple(places), tokens + sum(len(row["labels"]) for row in rows)
         )
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Mapping[str, Any]:
+    def outputs(self, model: nn.Module, batch: Batch, **options: Any) -> Mapping[str, Any]:
         ids = decoder_inputs(model, batch.targets["labels"])
-        return model(**batch.inputs, decoder_input_ids=ids, use_cache=False, return_dict=True)
+        return model(**batch.inputs, decoder_input_ids=ids, use_cache=False, return_dict=True, **options)
 
     def loss_metrics(self, loss: float) -> dict[str, float]:
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf}

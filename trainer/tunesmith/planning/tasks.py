@@ -57,8 +57,8 @@ class Task:
 
         return getattr(transformers, self.auto_class_name)
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Mapping[str, Any]:
-        inputs: dict[str, Any] = dict(batch.inputs)
+    def outputs(self, model: nn.Module, batch: Batch, **options: Any) -> Mapping[str, Any]:
+        inputs: dict[str, Any] = {**batch.inputs, **options}
         if self.kind == "sequence":
             inputs["decoder_input_ids"] = decoder_inputs(model, batch.targets["labels"])
         if self.auto_class_name in {"AutoModelForCausalLM", "AutoModelForSeq2SeqLM"}:

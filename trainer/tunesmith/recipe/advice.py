@@ -61,6 +61,9 @@ def show(value: object) -> str:
             return str(value)
 
 
+_STRATEGIES = {"averaging", "distill", "regularization", "remember", "tasks"}
+
+
 def _from_elsewhere(name: str) -> str | None:
     if name in names.KEYS:
         return f"here it is {names.KEYS[name]}"
@@ -79,12 +82,15 @@ def _whose(spot: Spot, leaf: str) -> str | None:
 
 
 def _places(leaf: str) -> list[str]:
-    """Where a key of ours belongs; `data.train` stands for all three lists of sources."""
-    return [
+    """Where a key of ours belongs; `data.train` stands for all three lists of sources, and a strategy that has a
+    setting of the same name is not what is meant."""
+    places = [
         key
         for key in _settings()
         if key.rpartition(".")[2] == leaf and not key.startswith(("data.eval.", "data.test."))
     ]
+    main = [key for key in places if key.partition(".")[0] not in _STRATEGIES]
+    return main or places
 
 
 def unknown_key(spot: Spot) -> str:

@@ -8,15 +8,19 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tunesmith.recipe import rules
+from tunesmith.recipe.averaging import Averaging
 from tunesmith.recipe.base import Section
 from tunesmith.recipe.checkpoint import Checkpoint
 from tunesmith.recipe.data import Data
+from tunesmith.recipe.distill import Distill
 from tunesmith.recipe.evaluation import Evaluation
 from tunesmith.recipe.kernels import Kernels
 from tunesmith.recipe.model import Model
 from tunesmith.recipe.objective import Objective
 from tunesmith.recipe.optim import AdamW, Optim
 from tunesmith.recipe.parallel import Auto, Parallel
+from tunesmith.recipe.regularization import Regularization
+from tunesmith.recipe.remember import Remember
 from tunesmith.recipe.schedule import Linear, Schedule
 from tunesmith.recipe.tracking import Tracking
 from tunesmith.recipe.trainable import Trainable
@@ -46,6 +50,10 @@ class Recipe(Section):
     optim: Optim = Field(default_factory=AdamW)
     schedule: Schedule = Field(default_factory=Linear)
     training: Training = Field(default_factory=Training)
+    regularization: Regularization = Field(default_factory=Regularization)
+    distill: Distill | None = None
+    remember: list[Remember] = Field(default_factory=list[Any])
+    averaging: Averaging | None = None
     parallel: Parallel = Field(default_factory=Auto)
     kernels: Literal["auto", "reference"] | Kernels = "auto"
     evaluation: Evaluation = Field(default_factory=Evaluation)

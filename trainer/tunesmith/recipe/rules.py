@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
-from tunesmith.recipe import rules_trainable
+from tunesmith.recipe import rules_averaging, rules_trainable
 from tunesmith.recipe.faults import Problem, problem_at
 
 if TYPE_CHECKING:
@@ -235,6 +235,7 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"evaluation", "data"}, _unevaluated),
     ({"checkpoint", "data"}, _final),
     ({"tracking"}, _wandb),
+    *rules_averaging.RULES,
     *rules_trainable.RULES,
 )
 
