@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Saved, State
+from tunesmith.engine.shards import Shard
 from tunesmith.module import TrainModule
 from tunesmith.optim import Spec
 
@@ -102,6 +103,22 @@ class Engine(Protocol):
     def step(self, coefficient: Tensor, skip: Tensor) -> None:
         """One optimizer step with gradients × `coefficient`; none at all where `skip` is not zero, decided on the
         device. Gradients are cleared."""
+        ...
+
+    def shards(self) -> list[Shard]:
+        """This rank's part of each parameter that the optimizer was built for, in its order, those that are not
+        trained now included. A rank may hold nothing of a parameter. `engine.shards` saves and loads state that is as
+        large."""
+        ...
+
+    def wrote(self) -> None:
+        """After the values of shards were written, between a backward and a forward: what forwards compute with
+        follows. Called by all ranks."""
+        ...
+
+    def discard(self) -> None:
+        """Drops the gradients of a whole window; no weight, and no state that an update would make, changes. Called
+        by all ranks, after its last backward."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:

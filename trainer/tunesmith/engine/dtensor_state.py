@@ -23,12 +23,12 @@ def pieces(model: nn.Module, rank: int, tensor_rank: int, kept: Callable[[str], 
         if not isinstance(tensor, DTensor):
             if rank == 0:
                 state[name] = tensor
-        elif _writes(tensor, tensor_rank):
+        elif writes(tensor, tensor_rank):
             state[name] = Piece(tensor.to_local().detach(), tuple(tensor.shape), place_of(tensor)[0])
     return state
 
 
-def _writes(tensor: DTensor, tensor_rank: int) -> bool:
+def writes(tensor: DTensor, tensor_rank: int) -> bool:
     """Whether this rank is the one of those that hold this slice that saves it."""
     if tensor_rank > 0 and "tensor" not in (tensor.device_mesh.mesh_dim_names or ()):
         return False  # a layer that is not split: all ranks of the group hold it
@@ -77,7 +77,7 @@ def optimizer_pieces(
     found: dict[str, State] = {}
     for name, parameter in parameters.items():
         state, local = states[name], parameter.to_local()
-        if state and _writes(parameter, tensor_rank):
+        if state and writes(parameter, tensor_rank):
             start, shape = place_of(parameter)[0], tuple(parameter.shape)
             found[name] = {
                 key: Piece(value, shape, start)

@@ -31,12 +31,14 @@ from tunesmith.engine.layers import transformer_layers
 from tunesmith.engine.mesh import shard_mesh
 from tunesmith.engine.ranks import RankedEngine
 from tunesmith.engine.sequence_parallel import SequenceParallel
+from tunesmith.engine.shards import Shard, flat_start
 from tunesmith.engine.tensor_parallel import split_layers
 from tunesmith.errors import UserError
 from tunesmith.gradients import local_square_sum
 from tunesmith.module import Loss, TrainModule
 from tunesmith.optim import Spec
 from tunesmith.recipe.parallel import FSDP2
+from tunesmith.weights import place_of
 from tunesmith_kernels.adamw import AdamW
 from tunesmith_kernels.adamw.local import shard_offset
 
@@ -219,13 +221,42 @@ class FSDP2Engine(RankedEngine):
         dist.all_reduce(total)
         return total
 
+    def _fill_unused(self) -> None:
+        """The gradient of zeros that other engines have where the loss uses no part of a parameter."""
+        parameters = self._sharded_parameters()
+        for name in self._unused:
+            if parameters[name].grad is None and (self._trained is None or name in self._trained):
+                parameters[name].grad = torch.zeros_like(parameters[name])
+
+    def shards(self) -> list[Shard]:
+        parameters, masters = self._sharded_parameters(), self._masters()
+        gradients = {name: gradient for name, _, gradient in self._gradients()}
+        if gradients:
+            self._fill_unused()
+            gradients = {name: gradient for name, _, gradient in self._gradients()}
+        found: list[Shard] = []
+        for name, local in self._parameters():
+            parameter = parameters[name]
+            shape, box = tuple(parameter.shape), place_of(parameter)[0]
+            found.append(
+                Shard(
+                    name,
+                    masters.get(local, local.detach()),
+                    gradients.get(name),
+                    shape,
+                    flat_start(box, shape),
+                    box,
+                    self._copies(parameter),
+                    dtensor_state.writes(parameter, self._tensor_rank),
+                )
+            )
+        return [shard for shard in found if shard.value.numel() > 0]
+
     def step(self, coefficient: Tensor, skip: Tensor) -> None:
         device = torch.device("cpu") if self.settings.offload else self.device
+        self._fill_unused()
         for name, _, gradient in self._gradients():
             self._locals[name].grad = gradient
-        for name in self._unused:
-            if self._trained is None or name in self._trained:
-                self._locals[name].grad = torch.zeros_like(self._locals[name])
         update.step(self.optimizer, coefficient.to(device), skip.to(device))
         self.optimizer.zero_grad(set_to_none=True)
         self.train_module.zero_grad(set_to_none=True)

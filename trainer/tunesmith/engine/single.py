@@ -13,6 +13,7 @@ from tunesmith import optim, update
 from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Saved, State
 from tunesmith.engine.base import Fill, Rehearsal
+from tunesmith.engine.shards import Shard
 from tunesmith.gradients import local_square_sum
 from tunesmith.module import Loss, TrainModule
 from tunesmith.optim import Spec
@@ -94,6 +95,34 @@ class SingleEngine:
     def step(self, coefficient: Tensor, skip: Tensor) -> None:
         update.step(self.optimizer, coefficient, skip)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def shards(self) -> list[Shard]:
+        masters = self._masters()
+        return [
+            Shard(
+                name,
+                masters.get(parameter, parameter.detach()),
+                parameter.grad,
+                tuple(parameter.shape),
+                0,
+                copies=self.world_size,
+                writes=self.rank == 0,
+            )
+            for name, parameter in self._parameters()
+        ]
+
+    def _masters(self) -> dict[Tensor, Tensor]:
+        """Parameter → the fp32 copy that the optimizer updates in its place."""
+        states = self.optimizer.state.items()
+        return {parameter: state["master"] for parameter, state in states if "master" in state}
+
+    @torch.no_grad()
+    def wrote(self) -> None:
+        for parameter, master in self._masters().items():
+            parameter.copy_(master)
+
+    def discard(self) -> None:
+        self.train_module.zero_grad(set_to_none=True)
 
     def sum(self, values: Tensor) -> Tensor:
         return values.to(self.device)

@@ -23,9 +23,10 @@ from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Piece, Saved, State
 from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.engine.ranks import RankedEngine
+from tunesmith.engine.shards import Shard
 from tunesmith.engine.zero_config import config, quiet
 from tunesmith.engine.zero_held import HeldBack
-from tunesmith.engine.zero_slices import Slice, slices
+from tunesmith.engine.zero_slices import Slice, gathered_again, gradients, slices
 from tunesmith.errors import MissingExtra
 from tunesmith.gradients import local_square_sum
 from tunesmith.module import Loss, TrainModule
@@ -74,6 +75,9 @@ class ZeroEngine(RankedEngine):
         self.optimizer = optim.build(spec, groups)
         self._held_back = HeldBack(self.optimizer)
         self._named = dict(module.named_parameters())
+        self._last = self._reduced = (
+            False  # whether the micro-step is its window's last, and its gradient there
+        )
         self._trained = {name: self._named[name] for group in groups for name in group["names"]}
         self._engine: Any = self.accelerator.prepare(module, self.optimizer)[0]
         self.module = cast(nn.Module, self._engine)
@@ -117,10 +121,12 @@ class ZeroEngine(RankedEngine):
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         self._engine.set_gradient_accumulation_boundary(last)
+        self._last = last
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
+        self._reduced = self._last
 
     def rehearse(self, batch: Batch, normalizers: Tensor) -> Rehearsal:
         # a whole step, suppressed: DeepSpeed's buckets are left as between two steps
@@ -129,8 +135,7 @@ class ZeroEngine(RankedEngine):
             used = _reached(loss.total)
             self.backward(loss.total)
         finite = bool(torch.isfinite(self.gradient_square_sum()))
-        one = torch.ones((), device=self.device)
-        self.step(one, skip=one)
+        self.discard()
         unused = [name for name, p in self._trained.items() if id(p) not in used]
         return Rehearsal(loss.total.detach(), unused, finite, reduced=True)
 
@@ -149,22 +154,43 @@ class ZeroEngine(RankedEngine):
                 closed.append(flat)
         self._held_back.hold(closed)
 
-    def _gradients(self) -> list[Tensor]:
-        """This rank's reduced slices, after the last backward of a window."""
-        zero = self._zero
-        if self.settings.offload_optimizer and self.stage < 3:
-            zero._wait_for_offload_copies()
-        found: list[Tensor] = []
+    def _gradients(self) -> dict[int, dict[int, Tensor]]:
+        """Index of a flat tensor → place in it → this rank's reduced slice there, after a window's last backward."""
+        if not self._reduced:
+            return {}
+        offloaded = self.settings.offload_optimizer
+        if offloaded and self.stage < 3:
+            self._zero._wait_for_offload_copies()
+        found: dict[int, dict[int, Tensor]] = {}
         for index, flat in enumerate(self._flats()):
-            if flat in self._held_back:
-                continue
-            offloaded = self.settings.offload_optimizer
-            group = [flat.grad] if offloaded else zero.averaged_gradients.get(index) or []
-            found += [gradient for gradient in group if gradient is not None]
+            if flat not in self._held_back:
+                whole = {} if flat.grad is None else {0: flat.grad}
+                found[index] = whole if offloaded else gradients(self._zero, index)
         return found
 
+    def shards(self) -> list[Shard]:
+        flats, found, reduced = self._flats(), dict[str, Shard](), self._gradients()
+        for index, parts in self._slices().items():
+            for part in parts:
+                value = flats[index].detach()[part.at : part.at + part.count]
+                gradient = None
+                if index in reduced:
+                    at = 0 if self.settings.offload_optimizer else part.at
+                    gradient = reduced[index][at][part.at - at :][: part.count]
+                found[part.name] = Shard(part.name, value, gradient, part.shape, part.start)
+        return [found[name] for name in self._trained if name in found]
+
+    @torch.no_grad()
+    def wrote(self) -> None:
+        gathered_again(self._zero, self.stage)
+
+    def discard(self) -> None:
+        one = torch.ones((), device=self.device)
+        self.step(one, skip=one)
+
     def gradient_square_sum(self) -> Tensor:
-        total = local_square_sum(self._gradients()).to(self.device)
+        slices = [gradient for group in self._gradients().values() for gradient in group.values()]
+        total = local_square_sum(slices).to(self.device)
         dist.all_reduce(total)
         return total
 
@@ -172,6 +198,7 @@ class ZeroEngine(RankedEngine):
         device = torch.device("cpu") if self.settings.offload_optimizer else self.device
         with update.scaled(self.optimizer, coefficient.to(device), skip.to(device)):
             self._engine.step()
+        self._reduced = False
 
     # state
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.shapes import whole_shape
 
@@ -51,3 +51,29 @@ def _stage3(zero: Any, parameter: nn.Parameter, rank: int) -> tuple[int, int, in
     start = rank * size
     count = min(size, whole - start)  # the last ranks' slices end in padding
     return (index, start, count, at) if count > 0 else None
+
+
+def gradients(zero: Any, index: int) -> dict[int, Tensor]:
+    """Place in the flat tensor → what DeepSpeed will copy there before its step, flat, in memory that it reads; padding
+    included."""
+    group: Any = zero.averaged_gradients.get(index) or []
+    found: dict[int, Tensor] = {}
+    at = 0
+    for number, gradient in enumerate(group):
+        if not gradient.is_contiguous():
+            group[number] = gradient = gradient.contiguous()
+        found[at] = gradient.view(-1)
+        at += gradient.numel()
+    return found
+
+
+def gathered_again(zero: Any, stage: int) -> None:
+    """Makes the parameters follow the flat fp32 tensors, as DeepSpeed does in its step."""
+    if stage < 3:
+        zero.update_lp_params()
+        return
+    zero._partition_all_parameters()
+    for index in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    if zero.persistent_parameters:  # small ones, which stay whole between the steps
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
