@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from objective_cases import CASES, SGD, Layout, open_stream, recipe
-from tunesmith.data.order import Order, Segment, deal
+from tunesmith.data.order import Order, Salt, Segment, deal
 from tunesmith.data.stream import Stream
+from tunesmith.data.table import Encoded
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, 1000)
 
@@ -115,3 +116,19 @@ def test_a_filler_has_no_units(workshop: Path, case: str) -> None:
     filler = stream.batch([], 0, fallback=0)
     assert [term.units(filler) for term in stream.objective.terms] == [0] * len(stream.objective.terms)
     assert (filler.samples, filler.tokens) == (0, 0)
+
+
+def test_transforms_see_every_training_row_with_a_key_of_its_own(workshop: Path) -> None:
+    made = recipe(workshop, CASES["masked_lm"], SGD, Layout(4), 20)
+    plain = open_stream(made, workshop)
+    seen: list[tuple[int, ...]] = []
+
+    def first_token(row: Encoded, key: tuple[int, ...]) -> Encoded:
+        seen.append(key)
+        return {name: value[:1] if np.ndim(value) else value for name, value in row.items()}
+
+    stream = Stream(plain.dataset, plain.order, plain.objective, plain.per_device, None, [first_token])
+    batches = stream.batches(0, 0, 1, prefetch=False)
+    assert {batch.inputs["input_ids"].shape[1] for batch in batches} == {1}
+    assert [key[2] for key in seen] == [row for batch in batches for row in batch.rows]
+    assert {(key[0], key[1], key[3]) for key in seen} == {(plain.order.seed, 0, int(Salt.TRANSFORM))}

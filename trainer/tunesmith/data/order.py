@@ -32,6 +32,9 @@ class Salt(IntEnum):
     SPLIT = 5
     MODEL = 6
     ROW_MODEL = 7
+    TRANSFORM = 8
+    SAMPLING = 9
+    CURRICULUM = 10
 
 
 def raw(n: int, *key: int) -> NDArray[np.uint64]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from tunesmith.batch import Batch
 from tunesmith.data.order import Order, Rows, Salt, deal, raw
 from tunesmith.data.packing import first_fit
 from tunesmith.data.prepare import Dataset
+from tunesmith.data.table import Encoded
 from tunesmith.objectives import Objective
 
 
@@ -25,18 +27,32 @@ class Position:
     window: int
 
 
+class Transform(Protocol):
+    """What becomes of an encoded training row before the objective draws from it: a pure function of the row and
+    the key (seed, epoch, row, Salt.TRANSFORM). Where rows are packed it must not make a row longer."""
+
+    def __call__(self, row: Encoded, key: tuple[int, ...]) -> Encoded: ...
+
+
 class Stream:
-    """The training rows in their order. With `pack_length`, a window's rows are packed into sequences of at most
-    that many tokens, and micro-batches count sequences."""
+    """The training rows in their order, each passed through the `transforms`. With `pack_length`, a window's rows
+    are packed into sequences of at most that many tokens, and micro-batches count sequences."""
 
     def __init__(
-        self, dataset: Dataset, order: Order, objective: Objective, per_device: int, pack_length: int | None
+        self,
+        dataset: Dataset,
+        order: Order,
+        objective: Objective,
+        per_device: int,
+        pack_length: int | None,
+        transforms: Sequence[Transform] = (),
     ) -> None:
         self.dataset = dataset
         self.order = order
         self.objective = objective
         self.per_device = per_device
         self.pack_length = pack_length
+        self.transforms = tuple(transforms)
         self._epoch: tuple[int, list[Rows]] | None = None
         self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
 
@@ -83,18 +99,18 @@ class Stream:
         draws = [
             int(raw(1, seed, epoch, sequence[0], Salt.ROW_MODEL)[0] >> np.uint64(1)) for sequence in cell
         ]
-        groups = [
-            [
-                self.objective.draw(self.dataset.table.row(row), (seed, epoch, row, Salt.ROW))
-                for row in sequence
-            ]
-            for sequence in cell
-        ]
+        groups = [[self._row(row, epoch) for row in sequence] for sequence in cell]
         if self.pack_length is not None:
             made = self.objective.collate_packed(groups, cell)
         else:
             made = self.objective.collate([group[0] for group in groups], [sequence[0] for sequence in cell])
         return replace(made, draws=torch.tensor(draws))
+
+    def _row(self, row: int, epoch: int) -> Encoded:
+        seed, encoded = self.order.seed, self.dataset.table.row(row)
+        for transform in self.transforms:
+            encoded = transform(encoded, (seed, epoch, row, Salt.TRANSFORM))
+        return self.objective.draw(encoded, (seed, epoch, row, Salt.ROW))
 
     def batches(self, step: int, rank: int, world_size: int, *, prefetch: bool) -> list[Batch]:
         """This rank's batches of a step. With `prefetch` the next step's are made in a thread meanwhile."""
