@@ -52,7 +52,7 @@ class Recipe(Section):
     training: Training = Field(default_factory=Training)
     regularization: Regularization = Field(default_factory=Regularization)
     distill: Distill | None = None
-    remember: list[Remember] = Field(default_factory=list[Any])
+    remember: Remember | None = None
     averaging: Averaging | None = None
     parallel: Parallel = Field(default_factory=Auto)
     kernels: Literal["auto", "reference"] | Kernels = "auto"
