@@ -150,6 +150,19 @@ def test_the_written_recipe_is_complete(tmp_path: Path) -> None:
             "trainable.adapters.",
             "trainable.head.",
             "trainable.unfreeze.",
+            "averaging.",
+            "data.augment.",
+            "data.curriculum.",
+            "data.sampling.",
+            "distill.",
+            "objective.loss.",
+            "regularization.adversarial.",
+            "regularization.gradient_noise.",
+            "regularization.max_norm.",
+            "regularization.r_drop.",
+            "regularization.sharpness.",
+            "remember.",
+            "tasks.",
         )
         tags = [tag for _, tag in owners]
         if not key.startswith(optional) and (
