@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tunesmith.checkpoint.run_state import RunState
+from tunesmith.averaging import Average
+from tunesmith.checkpoint.run_state import RunState, load_parts, load_weights
 from tunesmith.checkpoint.state import Progress
 from tunesmith.data.prepare import Dataset
 from tunesmith.engine import Engine
@@ -32,6 +33,7 @@ class Session:
     state: RunState
     tracker: Tracker
     stop: StopRequest
+    average: Average | None = None  # of the weights, where the recipe asks for one
     _told: set[Path] = field(default_factory=set[Path])
 
     def emit(self, event: Event) -> None:
@@ -40,7 +42,15 @@ class Session:
         self.tracker.on(event)
 
     def evaluate(self, step: int, epoch: float, split: str = "eval") -> Evaluation:
-        """Loss, metrics and, where the recipe asks for it, metrics of generated text."""
+        """Loss, metrics and, where the recipe asks for it, metrics of generated text: of the training's evaluations by
+        the average of the weights where the recipe says so, else by the weights as they are."""
+        average = self.average if split == "eval" else None
+        if average is not None and average.settings.evaluate == "averaged":
+            with average.swapped():
+                return self._evaluate(step, split)
+        return self._evaluate(step, split)
+
+    def _evaluate(self, step: int, split: str) -> Evaluation:
         dataset, settings = self.datasets[split], self.recipe.evaluation
         per_device, seed = settings.per_device_eval_batch_size, self.recipe.training.seed
         with self.tracker.counting(f"{split} at step {step}", len(dataset)) as count:
@@ -78,6 +88,25 @@ class Session:
                 self._told.add(broken.path)
                 self.emit(Message(f"{broken.path.name} is left as it is: {broken.reason}", "warning"))
         self.emit(Saved(progress.step, str(path)))
+
+    def settle(self, metric: str | None) -> None:
+        """Gives the engine the weights of `final/`: those of the best step by `metric`, where the recipe wants it, or
+        the last ones; averaged where it says so. Called by all ranks, once, when the training is done."""
+        progress, average, best = self.state.progress, self.average, self.state.progress.best_step
+        if metric is not None and self.recipe.checkpoint.final == "best" and best != progress.step:
+            assert best is not None
+            path = self.run_dir / f"checkpoint-{best}"
+            load_weights(self.engine, path)
+            if average is not None:
+                load_parts(self.engine, path, {average.name: average})
+            self.emit(Message(f"final/ has the weights of step {best}, the best {metric}", "info"))
+        if average is None or average.settings.final == "current":
+            return
+        if average.begun:
+            average.settle()
+            self.emit(Message("final/ has the average of the weights (averaging)", "info"))
+        else:
+            self.emit(Message("averaging: none had begun at that step: final/ has its weights", "warning"))
 
     def stop_requested(self) -> bool:
         return self.stop.requested

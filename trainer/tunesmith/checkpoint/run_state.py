@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+from torch import Tensor
 
 from tunesmith.checkpoint.pieces import Saved, file_prefix, nbytes, save_pieces
 from tunesmith.checkpoint.publication import publish
@@ -14,6 +17,7 @@ from tunesmith.checkpoint.state import Progress
 from tunesmith.checkpoint.store import Checkpoint, Pruned
 from tunesmith.checkpoint.tensors import load_state
 from tunesmith.engine import Engine
+from tunesmith.engine.shards import read_shard_state, shard_state
 from tunesmith.errors import UserError
 from tunesmith.loss_scale import LossScale
 from tunesmith.recipe import Recipe
@@ -23,6 +27,18 @@ WEIGHTS, OPTIMIZER, TRAINER = "weights", "optimizer", "trainer"
 
 # what may differ between the run that saved and the one that continues: none of it changes the mathematics
 _FREE = {"tracking", "checkpoint", "output_dir", "run_name", "parallel"}
+
+
+class Part(Protocol):
+    """A strategy that has state: as large as the parameters, and small, the same on every rank (`parts.StepPart`)."""
+
+    def sharded_state(self) -> Mapping[str, Mapping[str, Tensor]]: ...
+
+    def load_sharded_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -36,6 +52,8 @@ class RunState:
     extra: dict[str, Any]  # of observers: the W&B run id
     base_files: dict[str, str] = field(default_factory=dict[str, str])
     """Digests of the files whose weights the checkpoints leave out."""
+    parts: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    """What strategies keep, by names that are words, for they name files."""
 
     def save(
         self, run_dir: Path, recipe: Recipe, *, keep: int | None, protect: Collection[Path]
@@ -44,10 +62,14 @@ class RunState:
 
         engine = self.engine
         parts: list[tuple[str, dict[str, Any]]] = []
-        for kind, state, sharded in (
+        states: list[tuple[str, dict[str, Any], bool]] = [
             (WEIGHTS, engine.weights(), engine.sharded),
             (OPTIMIZER, engine.optimizer_state(), engine.shards_optimizer),
-        ):
+        ]
+        for name, part in self.parts.items():
+            if pieces := shard_state(engine.shards(), part.sharded_state()):
+                states.append((_kind(name), pieces, engine.shards_optimizer))
+        for kind, state, sharded in states:
             if sharded:
                 parts.append((file_prefix(kind, engine.rank, engine.world_size), state))
             elif engine.rank == 0:
@@ -76,6 +98,7 @@ class RunState:
             "scale": self.scale.state(),
             "plateau": None if self.plateau is None else self.plateau.state_dict(),
             "extra": self.extra,
+            "parts": {name: part.state() for name, part in self.parts.items()},
             "recipe": recipe.model_dump(mode="json"),
         }
 
@@ -96,6 +119,27 @@ class RunState:
         if self.plateau is not None and state["plateau"] is not None:
             self.plateau.load_state_dict(state["plateau"])
         self.extra.update(state["extra"])
+        load_parts(self.engine, checkpoint.path, self.parts)
+
+
+def _kind(name: str) -> str:
+    assert name.isidentifier(), f"{name!r} cannot name a file"
+    return f"part-{name}"
+
+
+def load_parts(engine: Engine, path: Path, parts: Mapping[str, Part]) -> None:
+    """The state of all these strategies from a checkpoint. Raises UserError where it has none of one of them."""
+    saved: dict[str, Any] = load_state(path / TRAINER).get("parts", {})
+    if missing := [name for name in parts if name not in saved]:
+        raise UserError(
+            f"--resume: {path.name} has no state of {', '.join(missing)}: it was saved without; start a new run under "
+            "another run_name"
+        )
+    for name, part in parts.items():
+        kind = _kind(name)
+        if any(path.glob(f"{kind}.json")) or any(path.glob(f"{kind}-*-of-*.json")):
+            part.load_sharded_state(read_shard_state(engine.shards(), Saved(path, kind)))
+        part.load_state(saved[name])
 
 
 def load_weights(engine: Engine, path: Path) -> None:
@@ -117,9 +161,11 @@ def refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     changed = [
         line
         for section in now
-        if section not in _FREE
-        for line in _differences(section, saved.get(section), now[section])
+        if section not in _FREE and not _is_new(recipe, section, saved)
+        for line in _differences(section, saved.get(section), now[section], getattr(recipe, section))
     ]
+    if not changed:
+        return  # saved before there were the settings that make the difference, which have their defaults
     raise UserError(
         f"--resume: the recipe is not the one that {checkpoint.path.name} was saved with: "
         + "; ".join(changed[:5])
@@ -127,11 +173,23 @@ def refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     )
 
 
-def _differences(key: str, before: Any, now: Any) -> list[str]:
+def _is_new(model: Any, name: str, saved: Mapping[str, Any]) -> bool:
+    """Whether a setting that was not there when `saved` was written stands at its default."""
+    if not isinstance(model, BaseModel) or name in saved or name not in type(model).model_fields:
+        return False
+    known = type(model).model_fields[name]
+    return not known.is_required() and getattr(model, name) == known.get_default(call_default_factory=True)
+
+
+def _differences(key: str, before: Any, now: Any, model: Any) -> list[str]:
+    """`model`: what `now` was made from, where it is a section of the recipe."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             line
             for name in sorted({*before, *now})
-            for line in _differences(f"{key}.{name}", before.get(name), now.get(name))
+            if not _is_new(model, name, before)
+            for line in _differences(
+                f"{key}.{name}", before.get(name), now.get(name), getattr(model, name, None)
+            )
         ]
     return [] if before == now else [f"{key} was {before!r} and is {now!r}"]
