@@ -14,7 +14,7 @@ import typer
 
 from tunesmith import __version__
 from tunesmith.errors import TunesmithError
-from tunesmith_launch import launch_commands, plan_command
+from tunesmith_launch import combine_commands, launch_commands, plan_command
 from tunesmith_launch.inspect_commands import Overrides, RecipePath, register
 
 app = typer.Typer(
@@ -109,6 +109,7 @@ def train(
 
 register(app)
 plan_command.register(app)
+combine_commands.register(app)
 app.add_typer(launch_commands.app, name="launch")
 
 recipes = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})

@@ -12,7 +12,7 @@ from tunesmith.errors import UserError
 
 RunDir = Annotated[
     Path,
-    typer.Argument(metavar="RUN_DIR", show_default=False, help="The run's folder, which holds recipe.yaml."),
+    typer.Argument(metavar="RUN_DIR", show_default=False, help="The folder of a run, or of an ensemble."),
 ]
 Checkpoint = Annotated[
     int | None, typer.Option(min=0, help="The step of a checkpoint; default: the weights of final/.")
@@ -118,8 +118,14 @@ def evaluate(
     """
     from tunesmith.commands.evaluate import evaluate_run
     from tunesmith.commands.finished import open_run
+    from tunesmith.ensemble.record import is_ensemble
     from tunesmith.tracking.progress import end_table
 
+    if is_ensemble(run_dir):
+        from tunesmith_launch import combine_commands
+
+        combine_commands.evaluate(run_dir, split, data or [], checkpoint)
+        return
     run = open_run(run_dir, checkpoint)
     found = evaluate_run(run, split, data or [])
     end_table(found.table(), f"{run.weights} on {found.on}: {found.rows:,} rows")
@@ -151,12 +157,26 @@ def predict(
     import json
 
     from tunesmith.commands.finished import open_run
-    from tunesmith.commands.predict import generation_settings, predict_file, predict_texts
+    from tunesmith.commands.predict import generation_settings, predict_file, predict_texts, write_answers
+    from tunesmith.ensemble.record import is_ensemble
 
     if (input is None) == (not text):
         raise UserError("predict: give the rows with --input FILE or with --text, one of the two")
     if text and output is not None:
         raise UserError("--output goes with --input; the answers to --text are printed")
+    if is_ensemble(run_dir):
+        from tunesmith_launch import combine_commands
+
+        if max_new_tokens is not None or num_beams is not None:
+            raise UserError("--max-new-tokens and --num-beams: an ensemble generates no text")
+        answers = combine_commands.answers(run_dir, input, text or [], checkpoint)
+        if input is None:
+            for given, (_, answer) in zip(text or [], answers, strict=True):
+                print(json.dumps({"text": given} | answer, ensure_ascii=False))
+            return
+        counts = write_answers(answers, input, output or sys.stdout)
+        _told(counts, output)
+        return
     run = open_run(run_dir, checkpoint)
     settings = generation_settings(run, max_new_tokens, num_beams)
     if text:
@@ -164,7 +184,10 @@ def predict(
             print(json.dumps(answer, ensure_ascii=False))
         return
     assert input is not None
-    counts = predict_file(run, input, settings, output or sys.stdout)
+    _told(predict_file(run, input, settings, output or sys.stdout), output)
+
+
+def _told(counts: dict[str, int], output: Path | None) -> None:
     said = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count or name == "rows")
     print(said + ("" if output is None else f", written to {output}"), file=sys.stderr)
 
@@ -186,8 +209,14 @@ def export(
     """
     from tunesmith.commands.export import export
     from tunesmith.commands.finished import open_run
+    from tunesmith.ensemble.record import is_ensemble
     from tunesmith.tracking.text import size
 
+    if is_ensemble(run_dir):
+        raise UserError(
+            f"{run_dir} is an ensemble: its members are several models, which no single folder of weights holds; "
+            "export them one by one, or make one model of them with tunesmith average"
+        )
     found = export(open_run(run_dir, checkpoint), target, dtype, max_shard_size, merge=merge)
     weights = {
         "model": f"its weights are those of the run in {dtype}; outputs",

@@ -48,19 +48,72 @@ class FinishedRun:
         return self.engine.train_module.model
 
 
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a run says of itself before its weights are read."""
+
+    run_dir: Path
+    recipe: Recipe
+    tokenizer: Any
+    objective: Objective
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights of a run: `RUN` are those of its final/, `RUN:checkpoint-N` those of a checkpoint."""
+
+    run_dir: Path
+    checkpoint: int | None = None
+
+    def __str__(self) -> str:
+        return (
+            str(self.run_dir) if self.checkpoint is None else f"{self.run_dir}:checkpoint-{self.checkpoint}"
+        )
+
+    @staticmethod
+    def parse(text: str) -> Weights:
+        """Raises UserError for a text that names neither."""
+        folder, mark, name = text.rpartition(":")
+        if not mark or Path(text).is_dir():
+            return Weights(Path(text))
+        if (found := re.fullmatch(r"checkpoint-(\d+)", name)) is None:
+            raise UserError(f"{text}: write RUN or RUN:checkpoint-N")
+        return Weights(Path(folder), int(found[1]))
+
+
+def describe_run(run_dir: Path) -> Described:
+    """Recipe, tokenizer and objective with what it learnt, without the model. Raises UserError."""
+    recipe = read_recipe(run_dir)
+    tokenizer, recipe = _tokenizer(recipe, run_dir, run_dir / "final")
+    objective = build_objective(recipe, tokenizer)
+    objective.load_state(_objective_state(run_dir))
+    return Described(run_dir, recipe, tokenizer, objective)
+
+
+def weights_folder(run_dir: Path, checkpoint: int | None = None) -> Path:
+    """`final/`, or `checkpoint-N`, whose every byte was verified. Raises UserError where it is not there."""
+    if checkpoint is not None:
+        return _checkpoint(run_dir, checkpoint)
+    if not (run_dir / "final").is_dir():
+        raise UserError(f"{run_dir} has no final/: the run did not end. {_offer(run_dir)}")
+    return run_dir / "final"
+
+
+def checkpoint_numbers(run_dir: Path) -> list[int]:
+    """The steps of a run's checkpoints, ascending."""
+    names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in run_dir.iterdir())
+    return sorted(int(match[1]) for match in names if match)
+
+
 def open_run(run_dir: Path, checkpoint: int | None = None) -> FinishedRun:
     """The run in `run_dir` with the weights of `final/`, or of `checkpoint-N`. Raises UserError where the folder is
     no run, lacks what is asked for, or its weights do not fill the model."""
     quiet_libraries()
-    recipe = read_recipe(run_dir)
-    final, saved = run_dir / "final", None
-    if checkpoint is not None:
-        saved = _checkpoint(run_dir, checkpoint)
-    elif not final.is_dir():
-        raise UserError(f"{run_dir} has no final/: the run did not end. {_offer(run_dir)}")
-    tokenizer, recipe = _tokenizer(recipe, run_dir, final)
-    objective = build_objective(recipe, tokenizer)
-    objective.load_state(_objective_state(run_dir))
+    read_recipe(run_dir)  # what is no run is told so first
+    found = weights_folder(run_dir, checkpoint)
+    final, saved = run_dir / "final", None if checkpoint is None else found
+    described = describe_run(run_dir)
+    recipe, tokenizer, objective = described.recipe, described.tokenizer, described.objective
     # one process, whatever the run was spread over
     engine = build_engine(recipe.model_copy(update={"parallel": Single(strategy="single")}))
     built = _model(recipe, run_dir, final, objective, tokenizer, engine.device)
@@ -108,8 +161,7 @@ def _checkpoint(run_dir: Path, number: int) -> Path:
 
 
 def _offer(run_dir: Path) -> str:
-    names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in run_dir.iterdir())
-    numbers = sorted(int(match[1]) for match in names if match)
+    numbers = checkpoint_numbers(run_dir)
     found = ", ".join(map(str, numbers))
     return f"It has checkpoints: --checkpoint {found}" if numbers else "It has no checkpoint either"
 

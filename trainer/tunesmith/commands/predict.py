@@ -101,11 +101,15 @@ def generation_settings(run: FinishedRun, max_new_tokens: int | None, num_beams:
 def predict_file(run: FinishedRun, path: str, settings: Generate, out: Path | TextIO) -> dict[str, int]:
     """Writes one JSON object per row of `path` to `out`: its `line` (of a folder also its `file`) and its answer.
     Returns the numbers of `rows`, and of `errors` and `truncated` ones."""
+    return write_answers(predict(run, unlabelled_examples(run.recipe, path), settings), path, out)
+
+
+def write_answers(answers: Iterable[tuple[Example, Answer]], path: str, out: Path | TextIO) -> dict[str, int]:
+    """As `predict_file`, of answers to the rows of `path` that somebody else gives."""
     folder = Path(path).is_dir()
     if isinstance(out, Path) and out.exists() and Path(path).exists() and out.samefile(path):
         raise UserError(f"--output {out} is the input file: name another one")
     counts = {"rows": 0, "errors": 0, "truncated": 0}
-    answers = predict(run, unlabelled_examples(run.recipe, path), settings)
     try:
         with out.open("w", encoding="utf-8") if isinstance(out, Path) else nullcontext(out) as file:
             for example, answer in track(answers, "predicting"):

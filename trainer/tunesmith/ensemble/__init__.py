@@ -1,0 +1,1 @@
+"""Several finished runs answering together, and several sets of weights made one."""
