@@ -41,8 +41,8 @@ class EWC(Section):
 
 
 class LwF(Section):
-    """Learning without forgetting (Li & Hoiem 2016): on the new rows, `remember.run`'s head on the model that is trained
-    keeps to what the run answered: `weight` × temperature² × KL(old ‖ new)."""
+    """Learning without forgetting (Li & Hoiem 2016): on the new rows, `remember.run`'s head on the model that is
+    trained keeps to what the run answered: `weight` × temperature² × KL(old ‖ new)."""
 
     weight: PositiveFloat = 1.0
     temperature: PositiveFloat = 2.0
@@ -93,5 +93,7 @@ class Remember(Section):
             if getattr(self, name) is not None and self.run is None:
                 raise ValueError(f"{name}: needs the run to be remembered: set remember.run")
         if self.ewc is not None and self.ewc.data is not None and self.run is not None:
-            raise ValueError("ewc.data: and remember.run both give the rows of the Fisher information: keep one")
+            raise ValueError(
+                "ewc.data: and remember.run both give the rows of the Fisher information: keep one"
+            )
         return self

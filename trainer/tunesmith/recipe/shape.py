@@ -220,8 +220,8 @@ def _alternative(spot: Spot, real: list[FieldInfo], label: str) -> Spot | None:
 
 
 def settings(root: type[Section]) -> dict[str, list[tuple[FieldInfo, str | None]]]:
-    """Every setting by its dotted name, list indices left out: what is expected there, once per section of a
-    tagged union, with its (first) tag."""
+    """Every setting by its dotted name, list indices and the user's own names left out: what is expected there, once
+    per section of a tagged union, with its (first) tag."""
     found: dict[str, list[tuple[FieldInfo, str | None]]] = {}
 
     def visit(section: type[Section], prefix: str, tag: str | None) -> None:
@@ -235,11 +235,11 @@ def settings(root: type[Section]) -> dict[str, list[tuple[FieldInfo, str | None]
 
 
 def inner_sections(info: FieldInfo) -> dict[type[Section], str | None]:
-    """The sections that may stand there or in a list there, each with its (first) tag where it has one."""
+    """The sections that may stand there, in a list or under names there, each with its (first) tag where it has one."""
     found: dict[type[Section], str | None] = {}
     for member in [info] if tags(info) else members(info):
-        if get_origin(member.annotation) is list:
-            found |= inner_sections(FieldInfo.from_annotation(get_args(member.annotation)[0]))
+        if get_origin(member.annotation) in (list, dict):
+            found |= inner_sections(FieldInfo.from_annotation(get_args(member.annotation)[-1]))
         elif by_tag := tags(member):
             found |= {section: tag for tag, section in reversed(by_tag.items())}
         elif is_section(member.annotation):
