@@ -21,11 +21,11 @@ class L2SP(Section):
 
 
 class Anchor(Section):
-    """L2-SP with a strength of its own for every layer: `weight`/2 × Σ(w − w₀)² in the embeddings, `layer_decay` times
+    """L2-SP with a strength of its own for every layer: `weight`/2 × Σ(w − w₀)² in the embeddings, `factor` times
     less in each layer further up (general features lie low and are kept, the top is free)."""
 
     weight: PositiveFloat = 0.1
-    layer_decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
 
 
 class EWC(Section):
