@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -165,12 +165,13 @@ class Bench:
 
 
 @contextmanager
-def bench(recipe: Recipe, base: Path) -> Iterator[Bench]:
+def bench(recipe: Recipe, base: Path) -> Generator[Bench]:
     """An engine as `parallel` asks, on the recipe's model."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     stream = open_stream(recipe, base)
     folder = recipe.model.model_name_or_path
+    assert folder is not None
     causal = AutoConfig.from_pretrained(folder).model_type in ("llama", "gpt2")
     kind: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     model = kind.from_pretrained(folder)

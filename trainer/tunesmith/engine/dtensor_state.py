@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tunesmith.checkpoint.pieces import Piece, Saved, State
+from tunesmith.engine.shards import Shard, flat_start
 from tunesmith.weights import place_of
 
 
@@ -97,3 +98,20 @@ def read_optimizer(parameters: Mapping[str, DTensor], saved: Saved) -> dict[str,
         return saved.box(*place_of(parameters[name]), name, key)
 
     return saved.nested(read)
+
+
+def copies(parameter: DTensor, world_size: int) -> int:
+    """How many ranks hold the same slice."""
+    slices = 1
+    for dim, placement in enumerate(parameter.placements):
+        slices *= 1 if placement.is_replicate() else parameter.device_mesh.size(dim)
+    return world_size // slices
+
+
+def shard(
+    name: str, parameter: DTensor, value: Tensor, gradient: Tensor | None, world_size: int, tensor_rank: int
+) -> Shard:
+    """`value` and `gradient` are this rank's slice of what the optimizer updates, and of the gradient."""
+    shape, box = tuple(parameter.shape), place_of(parameter)[0]
+    first, held = flat_start(box, shape), copies(parameter, world_size)
+    return Shard(name, value, gradient, shape, first, box, held, writes(parameter, tensor_rank))

@@ -30,15 +30,13 @@ from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.engine.layers import transformer_layers
 from tunesmith.engine.mesh import shard_mesh
 from tunesmith.engine.ranks import RankedEngine
-from tunesmith.engine.sequence_parallel import SequenceParallel
-from tunesmith.engine.shards import Shard, flat_start
+from tunesmith.engine.sequence_parallel import SequenceParallel, share_sequences
+from tunesmith.engine.shards import Shard
 from tunesmith.engine.tensor_parallel import split_layers
-from tunesmith.errors import UserError
 from tunesmith.gradients import local_square_sum
 from tunesmith.module import Loss, TrainModule
 from tunesmith.optim import Spec
 from tunesmith.recipe.parallel import FSDP2
-from tunesmith.weights import place_of
 from tunesmith_kernels.adamw import AdamW
 from tunesmith_kernels.adamw.local import shard_offset
 
@@ -85,7 +83,7 @@ class FSDP2Engine(RankedEngine):
         self.train_module = module
         self.module = cast(nn.Module, module)
         if self.settings.sequence_parallel_size > 1:
-            self._sequence = self._share_sequences(module)
+            self._sequence = share_sequences(module, self.world_size, self.settings.sequence_parallel_size)
         self._dtype = spec.parameter_dtype
         whole = not any(p.is_meta for p in module.parameters())
         taken = take_weights(module) if whole else {}
@@ -119,18 +117,6 @@ class FSDP2Engine(RankedEngine):
                 {self._locals[name]: (i, shard_offset(shards[name])) for i, name in enumerate(names)}
             )
         self._names = {id(local): name for name, local in self._locals.items()}
-
-    def _share_sequences(self, module: TrainModule) -> SequenceParallel:
-        size = self.settings.sequence_parallel_size
-        if self.world_size % size:
-            raise UserError(
-                f"parallel.sequence_parallel_size: {size} does not divide the {self.world_size} processes"
-            )
-        groups = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
-        group, _ = dist.new_subgroups_by_enumeration(groups)
-        shared = SequenceParallel(cast(dist.ProcessGroup, group), module.objective.tokenizer.pad_token_id)
-        shared.install(module.model)
-        return shared
 
     def part(self, batch: Batch) -> Batch:
         return batch if self._sequence is None else self._sequence.part(batch)
@@ -196,13 +182,6 @@ class FSDP2Engine(RankedEngine):
         finally:
             self._sequence.exchange(self.train_module.model, on=True)
 
-    def _copies(self, parameter: DTensor) -> int:
-        """How many ranks hold the same slice."""
-        slices = 1
-        for dim, placement in enumerate(parameter.placements):
-            slices *= 1 if placement.is_replicate() else parameter.device_mesh.size(dim)
-        return self.world_size // slices
-
     def _gradients(self) -> list[tuple[str, DTensor, Tensor]]:
         """(name, parameter, this rank's slice of its gradient)"""
         return [
@@ -214,7 +193,7 @@ class FSDP2Engine(RankedEngine):
     def gradient_square_sum(self) -> Tensor:
         by_copies: dict[int, list[Tensor]] = {}
         for _, parameter, gradient in self._gradients():
-            by_copies.setdefault(self._copies(parameter), []).append(gradient)
+            by_copies.setdefault(dtensor_state.copies(parameter, self.world_size), []).append(gradient)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for copies, gradients in by_copies.items():
             total += local_square_sum(gradients).to(self.device) / copies
@@ -229,27 +208,21 @@ class FSDP2Engine(RankedEngine):
                 parameters[name].grad = torch.zeros_like(parameters[name])
 
     def shards(self) -> list[Shard]:
+        if self._gradients():
+            self._fill_unused()
         parameters, masters = self._sharded_parameters(), self._masters()
         gradients = {name: gradient for name, _, gradient in self._gradients()}
-        if gradients:
-            self._fill_unused()
-            gradients = {name: gradient for name, _, gradient in self._gradients()}
-        found: list[Shard] = []
-        for name, local in self._parameters():
-            parameter = parameters[name]
-            shape, box = tuple(parameter.shape), place_of(parameter)[0]
-            found.append(
-                Shard(
-                    name,
-                    masters.get(local, local.detach()),
-                    gradients.get(name),
-                    shape,
-                    flat_start(box, shape),
-                    box,
-                    self._copies(parameter),
-                    dtensor_state.writes(parameter, self._tensor_rank),
-                )
+        found = [
+            dtensor_state.shard(
+                name,
+                parameters[name],
+                masters.get(local, local.detach()),
+                gradients.get(name),
+                self.world_size,
+                self._tensor_rank,
             )
+            for name, local in self._parameters()
+        ]
         return [shard for shard in found if shard.value.numel() > 0]
 
     def step(self, coefficient: Tensor, skip: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tunesmith.batch import IGNORED, Batch
 from tunesmith.errors import UserError
+from tunesmith.module import TrainModule
 
 _NAME = "tunesmith_ulysses"
 _KEY = "parallel.sequence_parallel_size"
@@ -127,3 +128,14 @@ def _refuse(model: Any, size: int) -> None:
     soft = getattr(config, "attn_logit_softcapping", None)
     if soft or not model._can_set_attn_implementation():
         raise UserError(f"{_KEY}: the attention of {type(model).__name__} cannot be exchanged")
+
+
+def share_sequences(module: TrainModule, world_size: int, size: int) -> SequenceParallel:
+    """Lets `size` neighbouring ranks share each sequence. Raises UserError where they do not divide the world."""
+    if world_size % size:
+        raise UserError(f"parallel.sequence_parallel_size: {size} does not divide the {world_size} processes")
+    groups = [list(range(first, first + size)) for first in range(0, world_size, size)]
+    group, _ = dist.new_subgroups_by_enumeration(groups)
+    shared = SequenceParallel(cast(dist.ProcessGroup, group), module.objective.tokenizer.pad_token_id)
+    shared.install(module.model)
+    return shared

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from tunesmith import optim, update
 from tunesmith.batch import Batch
 from tunesmith.checkpoint.pieces import Piece, Saved, State
+from tunesmith.engine import zero_state
 from tunesmith.engine.base import Fill, Rehearsal
 from tunesmith.engine.ranks import RankedEngine
+from tunesmith.engine.reached import reached
 from tunesmith.engine.shards import Shard
 from tunesmith.engine.zero_config import config, quiet
 from tunesmith.engine.zero_held import HeldBack
@@ -132,7 +134,7 @@ class ZeroEngine(RankedEngine):
         # a whole step, suppressed: DeepSpeed's buckets are left as between two steps
         with self.accumulate(last=True):
             loss: Loss = self.forward(batch, "loss", normalizers)
-            used = _reached(loss.total)
+            used = reached(loss.total)
             self.backward(loss.total)
         finite = bool(torch.isfinite(self.gradient_square_sum()))
         self.discard()
@@ -206,19 +208,7 @@ class ZeroEngine(RankedEngine):
         model = self.train_module.model
         if self.stage < 3:
             return super().weights()
-        state: State = dict(model.named_buffers()) if self.rank == 0 else {}
-        persistent = set(filter(self._kept, model.state_dict()))
-        state = {name: value for name, value in state.items() if name in persistent}
-        for name, parameter in model.named_parameters():
-            if not self._kept(name):
-                continue
-            own = cast(Any, parameter)
-            size = own.ds_tensor.ds_numel
-            start, count = self.rank * size, min(size, own.ds_numel - self.rank * size)
-            if count > 0:
-                data = own.ds_tensor.detach()[:count].float().cpu()
-                state[name] = Piece(data, tuple(own.ds_shape), start)
-        return state
+        return zero_state.pieces(model, self.rank, self._kept)
 
     @torch.no_grad()
     def load_weights(self, saved: Saved) -> None:
@@ -226,41 +216,14 @@ class ZeroEngine(RankedEngine):
         if self.stage < 3:
             super().load_weights(saved)
         else:
-            import deepspeed
-
-            kept = [(name, p) for name, p in model.named_parameters() if self._kept(name)]
-            for name, parameter in kept:
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    if self.rank == 0:
-                        parameter.data.copy_(saved.whole(name))
-            for name, buffer in model.named_buffers():
-                if name in saved.names():
-                    buffer.copy_(saved.whole(name))
+            zero_state.load(model, saved, self.rank, self._kept)
         self._zero.refresh_fp32_params()
 
     @torch.no_grad()
     def whole_weights(self) -> dict[str, Tensor]:
         if self.stage < 3:
             return super().whole_weights()
-        import deepspeed
-
-        model = self.train_module.model
-        whole: dict[str, Tensor] = {}
-        gathered: dict[int, Tensor] = {}  # tied weights stay one tensor
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if not self._kept(name):
-                continue
-            if id(parameter) not in gathered:
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    gathered[id(parameter)] = (
-                        parameter.detach().cpu().clone() if self.rank == 0 else torch.empty(0)
-                    )
-            if self.rank == 0:
-                whole[name] = gathered[id(parameter)]
-        if self.rank == 0:
-            persistent = set(filter(self._kept, model.state_dict()))
-            whole |= {name: b.cpu() for name, b in model.named_buffers() if name in persistent}
-        return whole
+        return zero_state.gather(self.train_module.model, self.rank, self._kept)
 
     def _slices(self) -> dict[int, list[Slice]]:
         return slices(self._zero, self._trained, self.stage, self.rank)
@@ -308,19 +271,3 @@ class ZeroEngine(RankedEngine):
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _reached(loss: Tensor) -> set[int]:
-    """The ids of the parameters that the loss depends on, from its graph."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    stack: list[Any] = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        stack += [following for following, _ in node.next_functions]
-    return found
