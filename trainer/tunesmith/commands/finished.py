@@ -111,12 +111,12 @@ def open_run(run_dir: Path, checkpoint: int | None = None) -> FinishedRun:
     quiet_libraries()
     read_recipe(run_dir)  # what is no run is told so first
     found = weights_folder(run_dir, checkpoint)
-    final, saved = run_dir / "final", None if checkpoint is None else found
+    saved = None if checkpoint is None else found
     described = describe_run(run_dir)
     recipe, tokenizer, objective = described.recipe, described.tokenizer, described.objective
     # one process, whatever the run was spread over
     engine = build_engine(recipe.model_copy(update={"parallel": Single(strategy="single")}))
-    built = _model(recipe, run_dir, final, objective, tokenizer, engine.device)
+    built = open_model(described, engine.device)
     precision, _ = choose(recipe.training.precision, engine.device)
     round_parameters(built.model, Spec.of(recipe).parameter_dtype)
     module = TrainModule(built.model, objective, precision)
@@ -188,10 +188,10 @@ def _objective_state(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def _model(
-    recipe: Recipe, run_dir: Path, final: Path, objective: Objective, tokenizer: Any, device: torch.device
-) -> Assembled:
+def open_model(described: Described, device: torch.device) -> Assembled:
     """The model of final/; where there is none yet, the one that the run began with, for a checkpoint to fill."""
+    recipe, run_dir, final = described.recipe, described.run_dir, described.run_dir / "final"
+    objective, tokenizer = described.objective, described.tokenizer
     calm = {"dropout": None, "drop_path": None, "neftune_noise_alpha": None, "gradient_checkpointing": False}
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=calm)})
     if not final.is_dir():
