@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunesmith.averaging.average import Average
-from tunesmith.averaging.build import build_average, state_bytes
+from tunesmith.averaging.average import Average, average_among
+from tunesmith.averaging.build import build, build_average, state_bytes
 
-__all__ = ["Average", "build_average", "state_bytes"]
+__all__ = ["Average", "average_among", "build", "build_average", "state_bytes"]

@@ -4,7 +4,7 @@ Optima and Better Generalization")."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -134,3 +134,8 @@ class Average(StepPart):
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._done = state["done"]
         self._taken.copy_(state["taken"])
+
+
+def average_among(parts: Iterable[StepPart]) -> Average | None:
+    """The one that keeps an average of the weights, if there is one."""
+    return next((part for part in parts if isinstance(part, Average)), None)

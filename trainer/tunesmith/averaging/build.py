@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
@@ -13,7 +13,19 @@ from tunesmith.errors import UserError
 from tunesmith.parts import Strategies
 from tunesmith.recipe.averaging import EMA, SWA
 
+if TYPE_CHECKING:
+    from tunesmith.strategies import Building
+
 _TOLD = 0.05  # of an average that is its beginning still
+
+
+def build(building: Building) -> Strategies:
+    """What the recipe's `averaging` adds to a run."""
+    settings = building.recipe.averaging
+    if settings is None:
+        return Strategies()
+    model, stream = building.built.model, building.stream
+    return build_average(settings, model, building.total_steps, stream.steps_per_epoch)
 
 
 def build_average(
