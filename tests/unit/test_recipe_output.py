@@ -158,6 +158,8 @@ def test_the_written_recipe_is_complete(tmp_path: Path) -> None:
             "objective.loss.",
             "regularization.adversarial.",
             "regularization.gradient_noise.",
+            "regularization.l1.",
+            "regularization.l2.",
             "regularization.max_norm.",
             "regularization.r_drop.",
             "regularization.sharpness.",

@@ -137,11 +137,22 @@ _OURS = {
     "trainable.adapters.trainable": "trainable.adapters.is_trainable",
     "optim.name": "optimizer optimizer_name optimizer_type optim_type optim.type optim.optim",
     "optim.learning_rate": "lr base_lr max_lr peak_lr initial_lr",
-    "optim.weight_decay": "wd weight_decay_rate l2",
+    "optim.weight_decay": "wd weight_decay_rate optim.l2 .l2",
     "optim.betas: [0.9, 0.999]": "adam_beta1 adam_beta2 beta1 beta2 beta_1 beta_2 adam_betas",
-    "optim.eps": "adam_epsilon adam_eps epsilon",
+    "optim.eps": "adam_epsilon adam_eps optim.epsilon .epsilon",
     "optim.max_grad_norm": """grad_clip gradient_clipping gradient_clip_val max_gradient_norm clip_grad_norm
-        grad_clip_norm max_norm clip_norm""",
+        grad_clip_norm optim.max_norm .max_norm clip_norm""",
+    "regularization.l1": "l1_lambda l1_penalty l1_reg l1_regularization l1_weight l1_coefficient",
+    "regularization.l2": "l2_lambda l2_penalty l2_reg l2_regularization l2_weight l2_coefficient",
+    "regularization.r_drop: {alpha: 1.0}": "rdrop use_rdrop rdrop_alpha r_drop_alpha regularized_dropout",
+    "regularization.sharpness: {type: sam}": "sam use_sam sam_rho sharpness_aware_minimization",
+    "regularization.sharpness: {type: asam}": "asam use_asam adaptive_sam",
+    "regularization.adversarial: {type: fgm}": """fgm use_fgm adversarial_training adv_training adv_epsilon
+        adversarial_epsilon""",
+    "regularization.adversarial: {type: pgd}": "pgd use_pgd freelb use_freelb",
+    "regularization.gradient_noise": "grad_noise gradient_noise_scale gradient_noise_std grad_noise_std",
+    "regularization.max_norm: {value: 3.0}": """max_norm_constraint maxnorm weight_max_norm max_weight_norm
+        kernel_constraint""",
     "schedule.lr_scheduler_type": """lr_scheduler scheduler scheduler_type lr_schedule lr_scheduler_name
         learning_rate_scheduler schedule.type schedule.name""",
     "schedule.warmup_steps": "num_warmup_steps lr_warmup_steps warmup_num_steps n_warmup_steps warmup",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
-from tunesmith.recipe import rules_averaging, rules_trainable
+from tunesmith.recipe import rules_averaging, rules_regularization, rules_tasks, rules_trainable
 from tunesmith.recipe.faults import Problem, problem_at
 
 if TYPE_CHECKING:
@@ -236,6 +236,8 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"checkpoint", "data"}, _final),
     ({"tracking"}, _wandb),
     *rules_averaging.RULES,
+    *rules_regularization.RULES,
+    *rules_tasks.RULES,
     *rules_trainable.RULES,
 )
 
@@ -243,4 +245,6 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
 def check(recipe: Recipe, sections: Collection[str]) -> list[Problem]:
     """The rules that `recipe` breaks. `recipe` needs to hold only the `sections` named: of a recipe with
     faulty sections, the rules among the sound ones are checked all the same."""
-    return [problem for needs, rule in _RULES if needs <= set(sections) for problem in rule(recipe)]
+    there, missing = rules_tasks.given(recipe, sections)
+    found = [problem for needs, rule in _RULES if needs <= there for problem in rule(recipe)]
+    return [*missing, *found, *rules_tasks.of_each_task(recipe, sections, _RULES)]
