@@ -61,7 +61,7 @@ def show(value: object) -> str:
             return str(value)
 
 
-_STRATEGIES = {"averaging", "distill", "regularization", "remember", "tasks"}
+_STRATEGIES = {"averaging", "distill", "multitask", "regularization", "remember", "tasks"}
 
 
 def _from_elsewhere(name: str) -> str | None:

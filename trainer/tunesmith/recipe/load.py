@@ -22,6 +22,7 @@ from tunesmith.recipe.document import Document, read
 from tunesmith.recipe.faults import Fault, Problem, RecipeError, problem_at
 from tunesmith.recipe.overrides import Override, apply, as_written, origin, parse
 from tunesmith.recipe.root import Recipe, with_default_tags
+from tunesmith.recipe.rules_tasks import OWN
 from tunesmith.recipe.schema import json_schema
 from tunesmith.recipe.translate import translate
 
@@ -184,6 +185,7 @@ def dump_recipe(recipe: Recipe) -> str:
         "a recipe that breaks a rule was built around the models"
     )
     values: dict[str, Any] = _plain(recipe.model_dump())
+    values = {name: value for name, value in values.items() if name not in OWN or value is not None}
     for problem in _broken_rules(values, set()):
         holder: Any = values
         for step in problem.path[:-1]:

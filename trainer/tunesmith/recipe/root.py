@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,6 +22,7 @@ from tunesmith.recipe.parallel import Auto, Parallel
 from tunesmith.recipe.regularization import Regularization
 from tunesmith.recipe.remember import Remember
 from tunesmith.recipe.schedule import Linear, Schedule
+from tunesmith.recipe.tasks import Multitask, Tasks, no_tasks
 from tunesmith.recipe.tracking import Tracking
 from tunesmith.recipe.trainable import Trainable
 from tunesmith.recipe.training import Training
@@ -41,11 +42,15 @@ def with_default_tags(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class Recipe(Section):
-    """One run, complete. Every section but `model`, `data` and `objective` has a default."""
+    """One run, complete. Every section but `model`, `data` and `objective` has a default. A recipe of `tasks` has no
+    `data` and no `objective` of its own."""
 
     model: Model
-    data: Data
-    objective: Objective
+    # None where there are tasks, which whoever reads them asks for each task (`view`)
+    data: Data = cast(Data, None)
+    objective: Objective = cast(Objective, None)
+    tasks: Tasks = Field(default_factory=no_tasks)
+    multitask: Multitask = Field(default_factory=Multitask)
     trainable: Trainable = Field(default_factory=Trainable)
     optim: Optim = Field(default_factory=AdamW)
     schedule: Schedule = Field(default_factory=Linear)
@@ -68,6 +73,30 @@ class Recipe(Section):
         if isinstance(self.kernels, Kernels):
             return self.kernels
         return Kernels.model_validate(dict.fromkeys(Kernels.model_fields, self.kernels))
+
+    def view(self, name: str) -> Recipe:
+        """The recipe as the task sees it: a run of that task alone."""
+        task = self.tasks[name]
+        assert task.data is not None, "the finished run was not read"
+        given = {key: getattr(task.evaluation, key) for key in task.evaluation.model_fields_set}
+        trainable = self.trainable
+        if task.head is not None:
+            trainable = trainable.model_copy(update={"head": task.head})
+        return self.model_copy(
+            update={
+                "data": task.data,
+                "objective": task.objective,
+                "trainable": trainable,
+                "evaluation": self.evaluation.model_copy(update=given),
+                "tasks": {},
+                "multitask": Multitask(),
+            }
+        )
+
+    @property
+    def views(self) -> dict[str, Recipe]:
+        """The recipe as each of its tasks sees it, by name; itself, under no name, where there are none."""
+        return {name: self.view(name) for name in self.tasks} or {"": self}
 
     @field_validator("run_name")
     @classmethod

@@ -6,7 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
-from tunesmith.recipe import rules_averaging, rules_regularization, rules_tasks, rules_trainable
+from tunesmith.recipe import (
+    rules_averaging,
+    rules_regularization,
+    rules_sampling,
+    rules_tasks,
+    rules_trainable,
+)
 from tunesmith.recipe.faults import Problem, problem_at
 
 if TYPE_CHECKING:
@@ -237,6 +243,7 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"tracking"}, _wandb),
     *rules_averaging.RULES,
     *rules_regularization.RULES,
+    *rules_sampling.RULES,
     *rules_tasks.RULES,
     *rules_trainable.RULES,
 )
