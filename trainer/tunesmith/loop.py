@@ -65,7 +65,8 @@ class Loop:
         factor = multiplier(self.recipe.schedule, step, self.total_steps)
         if isinstance(self.recipe.schedule, ReduceOnPlateau) and self.plateau is not None:
             factor *= max(self.plateau.factor, self.recipe.schedule.min_lr_ratio)
-        return self.recipe.optim.learning_rate * factor
+        own = [part.learning_rate(step) for part in self.strategies.steps]
+        return next((rate for rate in own if rate is not None), self.recipe.optim.learning_rate * factor)
 
     def run(self) -> str:
         """Trains. Returns why it ended: "done" or "early stopping". Raises Interrupted after a signal's save,

@@ -81,6 +81,14 @@ class StepPart:
     def after_step(self, step: int, skip: Tensor) -> None:
         """The weights are updated; where `skip` (0-dim) is not 0, they were not."""
 
+    def learning_rate(self, step: int) -> float | None:
+        """The rate that `step` (0-based) trains with, in place of the schedule's; None: the schedule's."""
+        return None
+
+    def settle(self) -> None:
+        """The training is done, and the weights are those of the step that `final/` is made of: they may be changed
+        for good."""
+
     def sharded_state(self) -> Mapping[str, Mapping[str, Tensor]]:
         """State as large as the parameters: parameter's name → key → tensor shaped like its shard's value."""
         return {}

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from tunesmith.assemble import assemble
-from tunesmith.checkpoint.run_state import RunState, load_weights
+from tunesmith.checkpoint.run_state import RunState
 from tunesmith.checkpoint.state import Progress
 from tunesmith.compiling import compile_layers
 from tunesmith.data.order import Order
+from tunesmith.data.ordering import build_order, with_curriculum
 from tunesmith.data.prepare import Dataset, prepare
 from tunesmith.data.stream import Stream
 from tunesmith.engine import Engine, build_engine
@@ -50,7 +51,7 @@ from tunesmith.startup import check_packing, probe
 from tunesmith.strategies import Building, build_strategies
 from tunesmith.strategy import settle
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
-from tunesmith.tracking.events import Evaluated, Message, RunEnded, RunStarted
+from tunesmith.tracking.events import Evaluated, RunEnded, RunStarted
 from tunesmith.tracking.tracker import Tracker
 from tunesmith.trainable import counts, plan_trainable
 from tunesmith.trainable.facts import group_facts
@@ -167,14 +168,15 @@ def _train(
     plateau = Plateau(recipe.schedule) if isinstance(recipe.schedule, ReduceOnPlateau) else None
     scale = LossScale(precision == "fp16", engine.device)
     files = engine.broadcast(weights_digests(recipe, base) if engine.rebuilt and engine.rank == 0 else {})
-    state = RunState(engine, Progress(), scale, plateau, {}, files)
+    parts = {part.name: part for part in strategies.steps}
+    state = RunState(engine, Progress(), scale, plateau, {}, files, parts)
     if checkpoint is not None:
         state.load(checkpoint, recipe)
         tracker.load_state(state.extra)
 
     facts |= engine.facts() | {"engine_why": engine_why} | built.facts | trainable | {"groups": groups}
     facts |= {"compiled_layers": compiled} if compiled else {}
-    facts |= strategies.facts
+    facts |= strategies.facts | stream.facts
     facts |= {"precision": precision, "precision_why": why, "total_steps": total_steps}
     facts |= batch_facts(recipe, stream, engine.data_size)
     facts |= {"data": {name: dataset.facts for name, dataset in datasets.items()}}
@@ -188,7 +190,7 @@ def _train(
     resumed = None if checkpoint is None else checkpoint.manifest.step
     tracker.on(RunStarted(recipe.run_name, total_steps, recipe.model_dump(mode="json"), facts, resumed))
 
-    session = Session(engine, recipe, run_dir, objective, datasets, state, tracker, stop)
+    session = Session(engine, recipe, run_dir, objective, datasets, state, tracker, stop, strategies.steps)
     loop = Loop(
         engine,
         stream,
@@ -205,13 +207,12 @@ def _train(
     )
     try:
         reason = loop.run()
-        best = state.progress.best_step
-        if metric is not None and recipe.checkpoint.final == "best" and best != state.progress.step:
-            assert best is not None
-            load_weights(engine, run_dir / f"checkpoint-{best}")
-            tracker.on(Message(f"final/ has the weights of step {best}, the best {metric[0]}", "info"))
+        session.settle(None if metric is None else metric[0])
         final = export_final(engine, recipe, tokenizer, run_dir)
-        summary = _test(session, datasets, objective) | {"final": str(final), "best_step": best}
+        summary = _test(session, datasets, objective) | {
+            "final": str(final),
+            "best_step": state.progress.best_step,
+        }
         summary["next"] = what_next(run_dir)
         tracker.on(RunEnded("done", reason, state.progress.step, summary))
     except BaseException as error:
@@ -253,16 +254,14 @@ def what_next(run_dir: Path) -> dict[str, str]:
 def build_stream(recipe: Recipe, dataset: Dataset, objective: Objective) -> Stream:
     """The training rows in their order."""
     data, training = recipe.data, recipe.training
-    by_length = data.group_by_length and not data.packing
-    lengths = dataset.table.lengths() if by_length else None
-    order = Order(dataset.segments, training.global_batch_size, training.seed, data.shuffle, lengths)
-    if order.rows_per_epoch == 0:
-        raise UserError("data.train: the weights of the sources leave no row in an epoch")
+    drawn, facts = build_order(data, dataset, objective, training.global_batch_size, training.seed)
+    order, limits = with_curriculum(drawn, data, dataset, objective, lambda: count_steps(recipe, drawn))
     pack_length = data.max_length if data.packing else None
-    return Stream(dataset, order, objective, training.per_device_train_batch_size, pack_length)
+    per_device = training.per_device_train_batch_size
+    return Stream(dataset, order, objective, per_device, pack_length, limits=limits, facts=facts)
 
 
-def count_steps(recipe: Recipe, stream: Stream) -> int:
+def count_steps(recipe: Recipe, stream: Stream | Order) -> int:
     """`max_steps`, or the steps of the epochs (a part of an epoch rounds up to whole steps)."""
     if recipe.training.max_steps is not None:
         return recipe.training.max_steps

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tunesmith.averaging import Average
+from tunesmith.averaging import average_among
 from tunesmith.checkpoint.run_state import RunState, load_parts, load_weights
 from tunesmith.checkpoint.state import Progress
 from tunesmith.data.prepare import Dataset
@@ -14,6 +15,7 @@ from tunesmith.errors import UserError
 from tunesmith.evaluator import Evaluation, evaluate
 from tunesmith.generation import evaluate_generation
 from tunesmith.objectives import Objective
+from tunesmith.parts import StepPart
 from tunesmith.recipe import Recipe
 from tunesmith.signals import StopRequest
 from tunesmith.tracking.events import Event, Message, Saved, Stepped
@@ -33,7 +35,7 @@ class Session:
     state: RunState
     tracker: Tracker
     stop: StopRequest
-    average: Average | None = None  # of the weights, where the recipe asks for one
+    parts: Sequence[StepPart] = ()
     _told: set[Path] = field(default_factory=set[Path])
 
     def emit(self, event: Event) -> None:
@@ -44,7 +46,7 @@ class Session:
     def evaluate(self, step: int, epoch: float, split: str = "eval") -> Evaluation:
         """Loss, metrics and, where the recipe asks for it, metrics of generated text: of the training's evaluations by
         the average of the weights where the recipe says so, else by the weights as they are."""
-        average = self.average if split == "eval" else None
+        average = average_among(self.parts) if split == "eval" else None
         if average is not None and average.settings.evaluate == "averaged":
             with average.swapped():
                 return self._evaluate(step, split)
@@ -92,7 +94,8 @@ class Session:
     def settle(self, metric: str | None) -> None:
         """Gives the engine the weights of `final/`: those of the best step by `metric`, where the recipe wants it, or
         the last ones; averaged where it says so. Called by all ranks, once, when the training is done."""
-        progress, average, best = self.state.progress, self.average, self.state.progress.best_step
+        progress, best = self.state.progress, self.state.progress.best_step
+        average = average_among(self.parts)
         if metric is not None and self.recipe.checkpoint.final == "best" and best != progress.step:
             assert best is not None
             path = self.run_dir / f"checkpoint-{best}"
@@ -100,13 +103,17 @@ class Session:
             if average is not None:
                 load_parts(self.engine, path, {average.name: average})
             self.emit(Message(f"final/ has the weights of step {best}, the best {metric}", "info"))
-        if average is None or average.settings.final == "current":
-            return
-        if average.begun:
-            average.settle()
-            self.emit(Message("final/ has the average of the weights (averaging)", "info"))
-        else:
-            self.emit(Message("averaging: none had begun at that step: final/ has its weights", "warning"))
+        if average is not None and average.settings.final == "averaged":
+            if average.begun:
+                average.settle()
+                self.emit(Message("final/ has the average of the weights (averaging)", "info"))
+            else:
+                self.emit(
+                    Message("averaging: none had begun at that step: final/ has its weights", "warning")
+                )
+        for part in self.parts:
+            if part is not average:
+                part.settle()
 
     def stop_requested(self) -> bool:
         return self.stop.requested
