@@ -176,7 +176,7 @@ def _train(
 
     facts |= engine.facts() | {"engine_why": engine_why} | built.facts | trainable | {"groups": groups}
     facts |= {"compiled_layers": compiled} if compiled else {}
-    facts |= strategies.facts | stream.facts
+    facts |= {**strategies.facts, **stream.facts}
     facts |= {"precision": precision, "precision_why": why, "total_steps": total_steps}
     facts |= batch_facts(recipe, stream, engine.data_size)
     facts |= {"data": {name: dataset.facts for name, dataset in datasets.items()}}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
 from math import ceil
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,19 @@ def shuffled(rows: Rows, *key: int) -> Rows:
     return rows[np.argsort(raw(len(rows), *key), kind="stable")]
 
 
+def evenly(rows: Rows, count: int, epoch: int, *key: int) -> Rows:
+    """`count` of the rows for one epoch: whole copies of all first, then the fraction that is left: a different part
+    each epoch, every row once before any twice, because epochs walk round one circle of the rows, shuffled by the
+    key."""
+    whole, n = divmod(count, max(1, len(rows)))
+    if n == 0:
+        return np.tile(rows, whole)
+    # one circle for all laps: drawn anew for each lap, it would put rows twice into an epoch that ends a lap
+    circle = shuffled(rows, *key)
+    part = circle[(epoch * n + np.arange(n)) % len(rows)]
+    return np.concatenate([np.tile(rows, whole), part])
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """The rows [start, stop) of one source, each drawn `weight` times per epoch."""
@@ -59,27 +73,46 @@ class Segment:
         return round((self.stop - self.start) * self.weight)
 
     def draw(self, seed: int, epoch: int) -> Rows:
-        """Whole copies of the source first, then the fraction that is left: a different part each epoch, every
-        row once before any twice, because epochs walk round one shuffled circle of the rows."""
         rows = np.arange(self.start, self.stop, dtype=np.int64)
-        whole, n = divmod(self.per_epoch(), max(1, len(rows)))
-        if n == 0:
-            return np.tile(rows, whole)
-        # one circle for all laps: drawn anew for each lap, it would put rows twice into an epoch that ends a lap
-        circle = shuffled(rows, seed, 0, Salt.SOURCE, self.start)
-        part = circle[(epoch * n + np.arange(n)) % len(rows)]
-        return np.concatenate([np.tile(rows, whole), part])
+        return evenly(rows, self.per_epoch(), epoch, seed, 0, Salt.SOURCE, self.start)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Rows that lie anywhere, `count` of them drawn per epoch. No row is in two groups."""
+
+    rows: Rows
+    count: int
+
+    def per_epoch(self) -> int:
+        return self.count
+
+    def draw(self, seed: int, epoch: int) -> Rows:
+        return evenly(self.rows, self.count, epoch, seed, 0, Salt.SAMPLING, int(self.rows[0]))
+
+
+class Selection(Protocol):
+    """What cuts the windows where they are no plain shuffle: the steps below `ends`, and those behind them in the
+    same epoch."""
+
+    @property
+    def ends(self) -> int: ...
+
+    def windows(self, rows: Rows, first_step: int, window_rows: int, key: tuple[int, ...]) -> list[Rows]:
+        """As many windows, of the same sizes, as a shuffle of an epoch's `rows` would be cut into."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
     """The windows of every epoch. `lengths` (tokens per row) is given where rows of like length share a window."""
 
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment | Group, ...]
     window_rows: int
     seed: int
     shuffle: bool = True
     lengths: NDArray[np.int64] | None = None
+    selection: Selection | None = None
 
     @property
     def rows_per_epoch(self) -> int:
@@ -92,6 +125,10 @@ class Order:
     def epoch(self, epoch: int) -> list[Rows]:
         """The windows of one epoch; the last one cut is short where the rows do not divide."""
         rows = np.concatenate([segment.draw(self.seed, epoch) for segment in self.segments])
+        first = epoch * self.steps_per_epoch
+        if self.selection is not None and first < self.selection.ends:
+            key = (self.seed, epoch, Salt.CURRICULUM)
+            return self.selection.windows(rows, first, self.window_rows, key)
         if self.shuffle:
             rows = shuffled(rows, self.seed, epoch, Salt.ROWS)
         if self.lengths is not None:

@@ -6,7 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from tunesmith.recipe.augment import Operation
 from tunesmith.recipe.base import Fraction, NonNegative, Positive, PositiveFloat, Section
+from tunesmith.recipe.curriculum import Curriculum, LengthSchedule
+from tunesmith.recipe.sampling import Sampling
 
 Format = Literal[
     "text",
@@ -84,6 +87,10 @@ class Data(Section):
     packing: bool = False
     group_by_length: bool = True
     shuffle: bool = True
+    sampling: Sampling | None = None
+    curriculum: Curriculum | None = None
+    max_length_schedule: LengthSchedule | None = None
+    augment: list[Operation] = Field(default_factory=list[Any])
     cache_dir: str | None = None
 
     @model_validator(mode="after")

@@ -27,10 +27,19 @@ class EarlyStopping(Section):
     min_delta: NonNegativeFloat = 0.0
 
 
+class TuneThresholds(Section):
+    """Where scores become answers, chosen after training on the evaluation rows, for the best `metric`. One label of
+    two: the score of the rarer one from which on it is the answer. Several labels per row: a threshold for each. One
+    label of many: a factor on the score of each (macro_f1, balanced_accuracy or accuracy)."""
+
+    metric: Literal["f1", "macro_f1", "balanced_accuracy", "accuracy", "mcc"] = "macro_f1"
+
+
 class Evaluation(Section):
     """`eval_steps: epoch` evaluates at the end of every epoch, a number every so many optimizer steps;
     the last step is always evaluated, with `eval_steps: null` it alone. `metrics: null` computes all that
-    the objective has. `metric_for_best` chooses `final: best`, early stopping and reduce-on-plateau."""
+    the objective has. `metric_for_best` chooses `final: best`, early stopping and reduce-on-plateau.
+    After training, `calibrate: temperature` divides the logits by the number that suits the evaluation rows best."""
 
     eval_steps: Positive | Literal["epoch"] | None = "epoch"
     per_device_eval_batch_size: Positive = 32
@@ -39,6 +48,8 @@ class Evaluation(Section):
     greater_is_better: bool | None = None
     early_stopping: EarlyStopping | None = None
     generate: Generate | None = None
+    tune_thresholds: TuneThresholds | None = None
+    calibrate: Literal["temperature"] | None = None
 
     @model_validator(mode="after")
     def _stopping_has_evaluations(self) -> Evaluation:

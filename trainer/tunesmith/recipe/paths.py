@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from tunesmith.errors import UserError
+from tunesmith.recipe.curriculum import ByLoss
 from tunesmith.recipe.data import Source
 from tunesmith.recipe.root import Recipe
 
@@ -23,6 +24,10 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         name: [_source(source, name, base) for source in getattr(data, name)]
         for name in ("train", "eval", "test")
     }
+    curriculum = data.curriculum
+    if isinstance(curriculum, ByLoss):
+        reference = _absolute(curriculum.reference, "data.curriculum.reference", base)
+        curriculum = curriculum.model_copy(update={"reference": reference})
     cache = None if data.cache_dir is None else _absolute(data.cache_dir, "data.cache_dir", base)
     model = recipe.model.model_copy(
         update={
@@ -41,7 +46,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         update={
             "model": model,
             "trainable": recipe.trainable.model_copy(update={"adapters": adapters}),
-            "data": data.model_copy(update={**splits, "cache_dir": cache}),
+            "data": data.model_copy(update={**splits, "cache_dir": cache, "curriculum": curriculum}),
             "output_dir": _absolute(recipe.output_dir, "output_dir", Path.cwd()),
         }
     )
