@@ -5,7 +5,7 @@ leave it. Its forward has a mode; every rank runs the same mode at the same time
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from math import prod
 from typing import Any, Literal, NamedTuple, cast
@@ -55,7 +55,8 @@ class TrainModule(nn.Module):
     `forward(batch, "generate", options=…)` → generated token ids [rows, new tokens]; `forward(batch, "logits")` → the
     model's own without autocast, fp32 [rows, positions, classes]; `forward(batch, "compare")` → Compared. With a
     `fused_head`, losses are computed from the hidden states and the head. `terms`: all that the training's loss has,
-    the objective's first; `parts`: what strategies add to its forward. Evaluations have the objective's terms alone."""
+    the objective's first, each as `own` makes it; `parts`: what strategies add to its forward. Evaluations have the
+    objective's terms alone, as they are."""
 
     def __init__(
         self,
@@ -64,12 +65,14 @@ class TrainModule(nn.Module):
         precision: Precision,
         terms: Sequence[Term] = (),
         parts: Sequence[ForwardPart] = (),
+        own: Callable[[Term], Term] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.parts = tuple(parts)
         self._added_terms = tuple(terms)
+        self._own = own
         self.precision: Precision = precision
         self.untouched: tuple[str, ...] = ()
         self.fused_head: FusedHead | None = None
@@ -112,7 +115,8 @@ class TrainModule(nn.Module):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        return self.objective.terms + self._added_terms
+        own = self.objective.terms
+        return (own if self._own is None else tuple(map(self._own, own))) + self._added_terms
 
     def _loss(self, batch: Batch, normalizers: Tensor, weights: Tensor | None) -> Loss:
         device, dtype = normalizers.device, AUTOCAST.get(self.precision)

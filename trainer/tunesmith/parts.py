@@ -140,14 +140,15 @@ def plain_gradients(window: Window, once: Callable[[], Tensor]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Strategies:
-    """What the recipe's strategies add. `terms` come behind the objective's; `facts` and `notes` are for the start-up
-    report."""
+    """What the recipe's strategies add. `terms` come behind the objective's; `own` is what becomes of each of the
+    objective's while it trains; `facts` and `notes` are for the start-up report."""
 
     terms: tuple[Term, ...] = ()
     forward: tuple[ForwardPart, ...] = ()
     steps: tuple[StepPart, ...] = ()
     micro_step: MicroStep = plain_micro_step
     gradients: Gradients = plain_gradients
+    own: Callable[[Term], Term] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
 
@@ -155,13 +156,16 @@ class Strategies:
         """Both. At most one of them may have a way of its own to the gradients of a micro-step, and of a window."""
         micro = [one.micro_step for one in (self, other) if one.micro_step is not plain_micro_step]
         window = [one.gradients for one in (self, other) if one.gradients is not plain_gradients]
+        own = [one.own for one in (self, other) if one.own is not None]
         assert max(len(micro), len(window)) < 2, "two strategies make the gradients"
+        assert len(own) < 2, "two strategies change the objective's terms"
         return Strategies(
             self.terms + other.terms,
             self.forward + other.forward,
             self.steps + other.steps,
             micro[0] if micro else plain_micro_step,
             window[0] if window else plain_gradients,
+            own[0] if own else None,
             {**self.facts, **other.facts},
             self.notes + other.notes,
         )
