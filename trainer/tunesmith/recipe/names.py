@@ -39,6 +39,15 @@ _OURS = {
     "model.dropout": """hidden_dropout hidden_dropout_prob attention_dropout attn_dropout attn_pdrop
         attention_probs_dropout_prob classifier_dropout dropout_rate""",
     "model.init: from_config": "train_from_scratch from_scratch random_init random_init_weights",
+    "distill.teacher_model_name_or_path": """teacher_model .teacher_model_name_or_path kd_model_name teacher
+        teacher_model_path teacher_name_or_path""",
+    "distill.alpha": "sft_alpha kd_ce_alpha student_loss_weight task_loss_weight",
+    "distill.alpha: 1 − kd_ratio": "kd_ratio kd_alpha distill_loss_weight",
+    "distill.temperature": "kd_temperature distillation_temperature",
+    "distill.on_policy: {lmbda: 0.5}": ".lmbda distill.lmbda",
+    "distill.sequence_level": "seq_kd",
+    "distill.losses: [{type: logits, divergence: jsd, beta: 0.5}]": "distill.beta gkd_beta kd_beta",
+    "distill.offline: {top_k: 32}": "gkd_logits_topk kd_top_k_before_softmax logprobs_field",
     "data.train": """dataset datasets dataset_name dataset_path dataset_dir train_file train_files train_data
         train_dataset train_datasets train_path data_path data_dir data_files .train data.training""",
     "data.eval": """eval_dataset eval_datasets eval_file eval_data validation validation_file
@@ -69,7 +78,21 @@ _OURS = {
     "data.eval.limit": "max_eval_samples max_val_samples limit_val_batches",
     "data.train.delimiter": "separator data.train.sep csv_separator",
     "objective.type": """stage task task_type rlhf_type trainer_type training_type objective.name
-        objective.task .type .loss rl""",
+        objective.task .type rl""",
+    "objective.loss": """.loss loss_type loss_function loss_fn loss_func loss_name criterion custom_loss
+        custom_loss_function""",
+    "objective.loss: focal": "focal_loss use_focal_loss objective.loss.focal",
+    "objective.loss: {type: focal, gamma: 2.0}": """focal_gamma focal_loss_gamma gamma_focal
+        objective.loss.focal_gamma""",
+    "objective.loss: {type: focal, alpha: auto}": "focal_alpha focal_loss_alpha objective.loss.focal_alpha",
+    "objective.loss: {type: cross_entropy, class_weights: auto}": """class_weight class_weighting
+        balanced_class_weights use_class_weights weighted_loss weighted_cross_entropy""",
+    "objective.loss.class_weights": "objective.loss.weight objective.loss.weights objective.loss.class_weight",
+    "objective.loss: {type: binary_cross_entropy, pos_weight: auto}": """bce_pos_weight positive_weight
+        positive_class_weight scale_pos_weight""",
+    "objective.loss: {type: huber, delta: 1.0}": "huber_delta smooth_l1_beta",
+    "objective.loss: {type: ldam, reweight_from: 0.8}": "drw use_drw deferred_reweighting drw_epoch",
+    "objective.loss: {type: dice, smooth: 1.0}": "dice_smooth dice_loss use_dice_loss",
     "objective.problem": "problem_type",
     "objective.labels": "num_labels num_classes id2label label2id label_names label_list class_names",
     "objective.label_smoothing_factor": "label_smoothing label_smoothing_eps",
@@ -251,9 +274,8 @@ _NOTES = {
     "stands in an entry of a list: write unfreeze: [{at: …, layers: …}]":
         "trainable.unfreeze.at trainable.unfreeze.parameters",
     "stands alone, in no list: write unfreeze: {every: …}": "trainable.unfreeze.every",
-    _ABSENT: """class_weights class_weight focal_loss focal_gamma
-        streaming push_to_hub hub_model_id hub_strategy auto_find_batch_size tf32 fp8
-        pipeline_parallel_size ema model_ema teacher_model_name_or_path kd_ratio mixup
+    _ABSENT: """streaming push_to_hub hub_model_id hub_strategy auto_find_batch_size tf32 fp8
+        pipeline_parallel_size ema model_ema mixup
         galore_rank use_galore use_badam lisa_n_layers lisa_step_interval lisa_layers_attribute
         lisa_activated_layers lisa_interval_steps curriculum_sampling""",
     _NEEDLESS: """dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers

@@ -7,7 +7,10 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 from tunesmith.recipe import (
+    rules_augment,
     rules_averaging,
+    rules_distill,
+    rules_losses,
     rules_regularization,
     rules_sampling,
     rules_tasks,
@@ -241,7 +244,10 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"evaluation", "data"}, _unevaluated),
     ({"checkpoint", "data"}, _final),
     ({"tracking"}, _wandb),
+    *rules_augment.RULES,
     *rules_averaging.RULES,
+    *rules_losses.RULES,
+    *rules_distill.RULES,
     *rules_regularization.RULES,
     *rules_sampling.RULES,
     *rules_tasks.RULES,
