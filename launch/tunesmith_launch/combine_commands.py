@@ -24,7 +24,8 @@ Members = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
-    app.command()(ensemble)
+    for command in (ensemble, average):
+        app.command()(command)
 
 
 def ensemble(
@@ -75,6 +76,78 @@ def ensemble(
     measured = make_ensemble(members, method, folder, out_of_fold, overwrite=overwrite)
     _show(measured)
     print(f"measure it once on test rows: tunesmith evaluate {folder} --split test")
+
+
+def average(
+    given: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT...",
+            show_default=False,
+            help="RUN or RUN:checkpoint-N; wise: BASE RUN.",
+        ),
+    ],
+    method: Annotated[
+        Literal[
+            "uniform", "greedy", "weighted", "wise", "linear", "ties", "dare_linear", "dare_ties", "task"
+        ],
+        typer.Option(help="Soups; wise: from a base to a run; the others: arithmetic on what was trained."),
+    ] = "uniform",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The new run's folder; wise compares alphas without."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,…", help="One per member, or one for all.")
+    ] = None,
+    alpha: Annotated[
+        str | None,
+        typer.Option(metavar="A,A,…", help="The run's share in wise; of several the best on eval."),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="The share of entries that ties and dare keep.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="What task vectors are differences to; default: what the runs began with."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what dare drops; default: 0.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the average in the folder.")
+    ] = False,
+) -> None:
+    """Average the weights of finished runs or checkpoints into a new finished run.
+
+    \b
+    Example: tunesmith average runs/a runs/b runs/c --method greedy --out runs/soup
+    """
+    from tunesmith.commands.average import average
+    from tunesmith.ensemble.options import Asked
+    from tunesmith.tracking.progress import end_table
+
+    asked = Asked(
+        method, _numbers("--weights", weights), _numbers("--alpha", alpha), density, base, seed, overwrite
+    )
+    made = average(given, asked, out)
+    if made.table:
+        end_table(made.table, made.how)
+    else:
+        print(made.how)
+    if made.note:
+        print(made.note)
+    if made.folder is not None:
+        print(
+            f"written to {made.folder}; measure it once on test rows: tunesmith evaluate {made.folder} --split test"
+        )
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text}: write numbers with commas between them, as 0.5,0.5") from None
 
 
 def evaluate(

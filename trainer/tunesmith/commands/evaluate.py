@@ -83,6 +83,16 @@ def evaluate_run(run: FinishedRun, split: Split | None = None, data: Sequence[st
     return result
 
 
+def measure(run: FinishedRun, split: Split) -> dict[str, float]:
+    """The metrics of a run on a split of its recipe, the loss among them; nothing is written."""
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
+        given = _rows(run, _split(run, split), FormatCounts())
+        encoding = encode_examples(given, run.objective, Path(folder) / "rows", split)
+        if not len(encoding.dataset):
+            raise UserError(f"none of the {len(encoding.rows)} {split} rows can be evaluated")
+        return _evaluate(run, encoding).metrics
+
+
 def _split(run: FinishedRun, split: Split | None) -> Split:
     there: list[Split] = [name for name in ("eval", "test") if has_split(run.recipe.data, name)]
     if split is not None and split not in there:
