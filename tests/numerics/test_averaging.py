@@ -8,17 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from engine_ranks import Bench, EngineRanks, bench
 from objective_cases import ADAMW, CASES, OFFLOADED, SGD, SHARDED, SPLIT, TWO, apart, recipe
+from rank_pool import Pools
+from test_strategies_resume import interrupted
 from tunesmith.averaging import Average, build_average
+from tunesmith.checkpoint.pieces import Saved
 from tunesmith.checkpoint.run_state import RunState
 from tunesmith.checkpoint.state import Progress
 from tunesmith.checkpoint.store import find_latest
 from tunesmith.errors import UserError
 from tunesmith.loss_scale import LossScale
 from tunesmith.recipe import Recipe
+from tunesmith.recipe.load import load_recipe
+from tunesmith.run import Resume, run
+from tunesmith.tracking import metrics_file
 
 ENGINES: dict[str, dict[str, Any]] = {
     "single": {"strategy": "single"},
@@ -27,8 +34,9 @@ ENGINES: dict[str, dict[str, Any]] = {
     **OFFLOADED,
     "tensor": SPLIT,
 }
-EMA = {"type": "ema", "decay": 0.7, "warmup": False, "start": 2}
-SWA = {"type": "swa", "start": 3}
+DECAY, START = 0.7, 2
+EMA: dict[str, Any] = {"type": "ema", "decay": DECAY, "warmup": False, "start": START}
+SWA: dict[str, Any] = {"type": "swa", "start": 3}
 STEPS = 6
 FAST = {"single", "zero2", "zero3", "fsdp2"}
 
@@ -217,3 +225,101 @@ def test_before_its_start_there_is_none_in_a_checkpoint(workshop: Path, tmp_path
     assert not list(tmp_path.glob("checkpoint-2/part-*"))
     again = continued(made, workshop, tmp_path, 2)
     assert all(value.equal(again[name]) for name, value in whole.items())
+
+
+def whole_run(
+    workshop: Path, pools: Pools, strategy: str, name: str, averaging: dict[str, Any] | None, **sections: Any
+) -> Path:
+    """Evaluates and saves after every second step."""
+    data = str(workshop / "data" / f"{CASES['sft'].file}.jsonl")
+    made = recipe(
+        workshop, CASES["sft"], ADAMW, TWO, 8,
+        data={"eval": [{"path": data, "format": CASES["sft"].format}]},
+        evaluation={"eval_steps": 2} | sections.pop("evaluation", {}), parallel=ENGINES[strategy], averaging=averaging,
+        checkpoint={"save_steps": 1, "save_total_limit": None, "final": "last"} | sections.pop("checkpoint", {}),
+        **sections,
+    ).model_copy(update={"run_name": name})  # fmt: skip
+    start(pools, made, workshop, strategy)
+    return workshop / "runs" / name
+
+
+def start(pools: Pools, made: Recipe, base: Path, strategy: str, how: Resume | None = None) -> None:
+    if strategy == "single":
+        run(made, base, how or Resume())
+    else:
+        pools[2].run(made, base, how)
+
+
+def final(run_dir: Path) -> dict[str, Tensor]:
+    return load_file(run_dir / "final" / "model.safetensors")
+
+
+def evaluations(run_dir: Path) -> list[float]:
+    return [row["eval_loss"] for row in metrics_file.read(run_dir / "metrics.jsonl") if "eval_loss" in row]
+
+
+def averaged_by_hand(workshop: Path, run_dir: Path, start: int, end: int) -> dict[str, Tensor]:
+    """From the model's file, for the weights after step 0, and those in the checkpoints."""
+    before = load_file(workshop / "models" / CASES["sft"].model / "model.safetensors")
+    found: dict[str, Tensor] = {}
+    for step in range(start, end + 1):
+        state = Saved(run_dir / f"checkpoint-{step}", "weights") if step else None
+        for name in before:
+            weights = (before[name] if state is None else state.whole(name)).double()
+            found[name] = DECAY * found[name] + (1 - DECAY) * weights if name in found else weights
+    return found
+
+
+@pytest.mark.parametrize("strategy", some_slow(["single", "ddp", "zero3", "fsdp2"]))
+def test_a_run_evaluates_and_exports_the_average(workshop: Path, pools: Pools, strategy: str) -> None:
+    plain = whole_run(workshop, pools, strategy, f"plain-{strategy}", None)
+    found = whole_run(workshop, pools, strategy, f"ema-{strategy}", EMA)
+    for row, expected in zip(rows(found), rows(plain), strict=True):
+        assert (row["loss"], row["grad_norm"]) == (
+            expected["loss"],
+            expected["grad_norm"],
+        )  # it alters no training
+    assert all(a != b for a, b in zip(evaluations(found)[1:], evaluations(plain)[1:], strict=True))
+    expected = averaged_by_hand(workshop, found, START, 8)
+    for name, value in final(found).items():
+        assert float((value - expected[name]).norm() / expected[name].norm()) < 1e-6, name
+    assert not final(found)["lm_head.weight"].equal(final(plain)["lm_head.weight"])
+    current = whole_run(workshop, pools, strategy, f"current-{strategy}", EMA | {"evaluate": "current"})
+    assert evaluations(current) == evaluations(plain)
+    assert all(value.equal(final(current)[name]) for name, value in final(found).items())
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [row for row in metrics_file.read(run_dir / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("strategy", some_slow(["single", "ddp", "zero2", "fsdp2"]))
+def test_the_best_average_is_exported(workshop: Path, pools: Pools, strategy: str) -> None:
+    """The worst step is made the best, so that it is not the last; and a resumed run ends with the same bits."""
+    asked = {"evaluation": {"eval_steps": 2, "metric_for_best": "loss", "greater_is_better": True}}
+    asked |= {"checkpoint": {"final": "best"}}
+    found = whole_run(workshop, pools, strategy, f"best-{strategy}", EMA | {"start": None}, **asked)
+    losses = evaluations(found)
+    best = 2 * (1 + losses.index(max(losses)))
+    assert best < 8
+    expected = averaged_by_hand(workshop, found, 0, best)
+    for name, value in final(found).items():
+        assert float((value - expected[name]).norm() / expected[name].norm()) < 1e-6, name
+    again = workshop / "runs" / f"again-{strategy}"
+    interrupted(found, again, 5)
+    made = load_recipe(found / "recipe.yaml").recipe.model_copy(update={"run_name": again.name})
+    start(pools, made, workshop, strategy, Resume(resume=True))
+    assert all(value.equal(final(again)[name]) for name, value in final(found).items())
+    last = "checkpoint-8"
+    for name in Saved(found / last, "part-averaging").names():
+        one, other = (
+            Saved(run_dir / last, "part-averaging").whole(name, "average") for run_dir in (found, again)
+        )
+        assert one.equal(other), name
+
+
+def test_a_mean_trains_at_its_own_rate(workshop: Path, pools: Pools) -> None:
+    averaging = {"type": "swa", "start": 0.5, "learning_rate": 5e-4}
+    found = rows(whole_run(workshop, pools, "single", "swa-rate", averaging))
+    assert [row["learning_rate"] for row in found[4:]] == [5e-4] * 4
+    assert all(row["learning_rate"] != 5e-4 for row in found[:4])

@@ -183,9 +183,9 @@ def test_state_as_large_as_the_parameters_moves_between_engines(
     assert all(count > 0 for count in found)
 
 
-def masters(made: Recipe, base: Path) -> None:
+def masters(made: Recipe, base: Path, folder: Path) -> None:
     """bf16_master: before the first update the shard is the bf16 parameter, then its fp32 copy; what is written there
-    is what forwards see, rounded."""
+    is what forwards see, rounded; what is loaded is what it has."""
     with bench(made, base) as on:
         assert {shard.value.dtype for shard in on.engine.shards()} == {torch.bfloat16}
         on.gradients(0)
@@ -193,6 +193,11 @@ def masters(made: Recipe, base: Path) -> None:
         assert {shard.value.dtype for shard in on.engine.shards()} == {torch.float32}
         before = on.whole()
         kept = [shard.value.clone() for shard in on.engine.shards()]
+        if on.engine.sharded:
+            save_pieces(folder / file_prefix("weights", on.engine.rank, 2), on.engine.weights())
+        elif on.engine.rank == 0:
+            save_pieces(folder / "weights", on.engine.weights())
+        on.engine.barrier()
         move(on)
         moved = on.whole()
         for shard, value in zip(on.engine.shards(), kept, strict=True):
@@ -202,15 +207,21 @@ def masters(made: Recipe, base: Path) -> None:
         if on.engine.rank == 0:
             assert all(before[name].equal(back[name]) for name in before)
             assert not any(before[name].equal(moved[name]) for name in before)
+        move(on)
+        on.engine.load_weights(Saved(folder, "weights"))
+        for shard, value in zip(on.engine.shards(), kept, strict=True):
+            assert shard.value.equal(value.bfloat16().float()), shard.name
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
-def test_a_master_copy_and_its_parameter_agree(workshop: Path, ranks: EngineRanks, strategy: str) -> None:
+def test_a_master_copy_and_its_parameter_agree(
+    workshop: Path, ranks: EngineRanks, tmp_path: Path, strategy: str
+) -> None:
     made = asked(workshop, strategy, ADAMW, training={"precision": "bf16_master"})
     if strategy == "single":
-        masters(made, workshop)
+        masters(made, workshop, tmp_path)
     else:
-        ranks.call(masters, made, workshop)
+        ranks.call(masters, made, workshop, tmp_path)
 
 
 def closed(made: Recipe, base: Path) -> None:

@@ -146,7 +146,7 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, saved: Saved) -> None:
-        """In place; whatever the number of ranks and the engine that saved."""
+        """In place; whatever the number of ranks and the engine that saved. Shards' values follow."""
         ...
 
     def whole_weights(self) -> dict[str, Tensor]:

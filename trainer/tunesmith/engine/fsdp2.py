@@ -256,6 +256,7 @@ class FSDP2Engine(RankedEngine):
 
     def load_weights(self, saved: Saved) -> None:
         dtensor_state.load(self.train_module.model, saved, self._kept)
+        self._copy_masters()
 
     def whole_weights(self) -> dict[str, Tensor]:
         return dtensor_state.gather(self.train_module.model, self.device, self.rank, self._kept)

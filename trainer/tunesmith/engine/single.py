@@ -117,6 +117,11 @@ class SingleEngine:
         return {parameter: state["master"] for parameter, state in states if "master" in state}
 
     @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for parameter, master in self._masters().items():
+            master.copy_(parameter)
+
+    @torch.no_grad()
     def wrote(self) -> None:
         for parameter, master in self._masters().items():
             parameter.copy_(master)
@@ -160,6 +165,7 @@ class SingleEngine:
         missing = [name for name in found.missing_keys if self._kept(name)]
         assert not missing, f"the checkpoint lacks {missing[:3]}"
         assert not found.unexpected_keys, f"the checkpoint is of another model: {found.unexpected_keys[:3]}"
+        self._copy_masters()
 
     def whole_weights(self) -> dict[str, Tensor]:
         return self.weights() if self.rank == 0 else {}
