@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def predict_rows(
                 objective.draw(dataset.table.row(row), (seed, EVALUATION_EPOCH, row, Salt.ROW))
                 for row in cell
             ]
-            batch = objective.collate(drawn, cell)
+            batch = replace(objective.collate(drawn, cell), task=objective.task)
             if not cells[engine.data_rank]:
                 batch = batch.as_filler()
             batch = engine.part(batch)

@@ -25,6 +25,10 @@ Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+FACTORS = "tunesmith_factors"
+"""Under this name a part of the forward gives factors on the terms of the loss: [terms], with a gradient."""
+
+
 class Loss(NamedTuple):
     """`total` is what backward takes: Σ weight × sum / normalizer over the terms (0-dim fp32). `parts` are the
     terms' sum / normalizer, detached [terms]. A tuple: sharding engines look for the tensors in what a forward
@@ -107,10 +111,10 @@ class TrainModule(nn.Module):
             return cast(Tensor, outputs["logits"]).float()
         if own is not None:
             return self._compare(outputs, own, batch)
-        ones = torch.ones(len(self.objective.terms), device=device)
+        asked = self.objective.of(batch.task)
+        ones = torch.ones(len(asked.terms), device=device)
         return Predicted(
-            torch.stack(_parts(self.objective.terms, outputs, batch, ones)),
-            self.objective.predict(outputs, batch),
+            torch.stack(_parts(asked.terms, outputs, batch, ones)), asked.predict(outputs, batch)
         )
 
     @property
@@ -132,17 +136,19 @@ class TrainModule(nn.Module):
                 outputs: Mapping[str, Any] = self.objective.outputs(self.model, batch, **options)
             for part in self.parts:
                 outputs = {**outputs, **part.add(self, outputs, batch)}
+        weighted = outputs.get(FACTORS, 1.0)
         # a term sums over all copies of a row, of which the normalizer counts one
         parts = torch.stack(_parts(self.terms, outputs, batch, normalizers * views))
         if weights is None:
             weights = torch.tensor([term.weight for term in self.terms], device=device)
-        return Loss((weights * parts).sum() + self._touch(), parts.detach())
+        return Loss((weighted * weights * parts).sum() + self._touch(), parts.detach())
 
     def _compare(self, fused: Mapping[str, Any], own: Mapping[str, Any], batch: Batch) -> Compared:
-        ones = torch.ones(len(self.objective.terms), device=next(iter(batch.inputs.values())).device)
-        expected = torch.stack(_parts(self.objective.terms, own, batch, ones))
+        terms = self.objective.of(batch.task).terms
+        ones = torch.ones(len(terms), device=next(iter(batch.inputs.values())).device)
+        expected = torch.stack(_parts(terms, own, batch, ones))
         try:
-            return Compared(torch.stack(_parts(self.objective.terms, fused, batch, ones)), expected, None)
+            return Compared(torch.stack(_parts(terms, fused, batch, ones)), expected, None)
         except ValueError as error:
             return Compared(None, expected, str(error))
 

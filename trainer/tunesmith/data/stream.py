@@ -137,7 +137,7 @@ class Stream:
             made = self.objective.collate_packed(groups, rows)
         else:
             made = self.objective.collate([group[0] for group in groups], [sequence[0] for sequence in rows])
-        return replace(made, draws=draws)
+        return replace(made, draws=draws, task=self.objective.task)
 
     def _row(self, drawn: Drawn, epoch: int, cut: int | None) -> Encoded:
         encoded = self.dataset.table.row(drawn[0])

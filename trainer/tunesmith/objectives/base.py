@@ -36,6 +36,7 @@ class Objective(ABC):
     accepts: ClassVar[tuple[type, ...]]
     kinds: ClassVar[dict[str, Kind]] = {}
     prompt_padding: ClassVar[Literal["left", "right"]] = "left"
+    task: str = ""  # its name in a run of several
     terms: tuple[Term, ...]
 
     def __init__(self, tokenizer: Any, max_length: int, truncation: Truncation) -> None:
@@ -90,6 +91,10 @@ class Objective(ABC):
     def config_overrides(self) -> dict[str, Any]:
         """Fields of the model's config that the data decide: the labels."""
         return {}
+
+    def of(self, task: str) -> Objective:
+        """What a batch of this task is for: itself, unless the run has several."""
+        return self
 
     # a batch
 
