@@ -8,14 +8,19 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunesmith import __version__
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import TunesmithError, UserError
 from tunesmith_launch import combine_commands, launch_commands, plan_command
 from tunesmith_launch.inspect_commands import Overrides, RecipePath, register
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tunesmith_launch.cluster import Options
 
 app = typer.Typer(
     name="tunesmith",
@@ -84,6 +89,9 @@ def train(
             "--restart", help="For a job that is started again: --resume where it can, else begin again."
         ),
     ] = False,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N|S,S,…", help="A run for each seed, one after the other.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be started.")] = False,
 ) -> None:
     """Train what a recipe describes.
@@ -95,6 +103,12 @@ def train(
     from tunesmith_launch.train import train
 
     options = Options(num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
+    if seeds is not None:
+        raise typer.Exit(
+            _train_seeds(
+                recipe, overrides or [], seeds, options, (resume, overwrite, restart), dry_run=dry_run
+            )
+        )
     code = train(
         recipe,
         overrides or [],
@@ -105,6 +119,35 @@ def train(
         dry_run=dry_run,
     )
     raise typer.Exit(code)
+
+
+def _train_seeds(
+    recipe: Path,
+    overrides: list[str],
+    seeds: str,
+    options: Options,
+    how: tuple[bool, bool, bool],
+    *,
+    dry_run: bool,
+) -> int:
+    from tunesmith_launch.seeds import parse_seeds, train_seeds
+    from tunesmith_launch.train import train
+
+    resume, overwrite, restart = how
+    if sum(how) > 1:
+        raise UserError("--resume, --overwrite and --restart exclude each other")
+    if options.num_machines > 1:
+        raise UserError(
+            "--seeds: with --num-machines the machines would have to begin each run together: start one run after "
+            "the other, with training.seed=N run_name=NAME-seedN"
+        )
+
+    def one(own: Sequence[str], again: bool) -> int:
+        return train(recipe, own, options, overwrite=overwrite, restart=again, dry_run=dry_run)
+
+    # a seed that has not begun is begun, so that --resume goes on wherever the row was left
+    go_on = resume or restart
+    return train_seeds(recipe, overrides, parse_seeds(seeds), one, resume=go_on, replace=overwrite or dry_run)
 
 
 register(app)

@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert set(done.stderr.split()) & HEAVY == set()
 
 
-INSPECTING = {"check", "preview", "evaluate", "predict", "export"}
+INSPECTING = {"check", "preview", "evaluate", "predict", "export", "ensemble", "average"}
 
 
 @pytest.mark.parametrize(
