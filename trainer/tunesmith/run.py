@@ -16,6 +16,7 @@ from tunesmith.assemble import assemble
 from tunesmith.checkpoint.run_state import RunState
 from tunesmith.checkpoint.state import Progress
 from tunesmith.compiling import compile_layers
+from tunesmith.data.augment.pairs import augmentation
 from tunesmith.data.order import Order
 from tunesmith.data.ordering import build_order, with_curriculum
 from tunesmith.data.prepare import Dataset, prepare
@@ -98,7 +99,7 @@ def _train(
     # others wait on its lock, then for each other, outside any collective
     tokenizer, notes = tokenizer_for(recipe, base)
     objective = build_objective(recipe, tokenizer)
-    datasets = prepare(recipe.data, base, objective, tokenizer_hash(tokenizer))
+    datasets = prepare(recipe.data, base, objective, tokenizer_hash(tokenizer), translate_on=engine.device)
     engine.wait_for_all("data")
     if preflight is not None:
         preflight.tables(datasets)
@@ -126,7 +127,9 @@ def _train(
     head = choose_head(recipe, built.model, objective)
     # compiled before the engine wraps: what it hangs on the layers stays outside their graphs
     compiled = compile_layers(built.model) if recipe.training.torch_compile else 0
-    module = TrainModule(built.model, objective, precision, strategies.terms, strategies.forward)
+    module = TrainModule(
+        built.model, objective, precision, strategies.terms, strategies.forward, strategies.own
+    )
     settled = recipe.model_copy(update={"parallel": parallel})
     groups = memory_table(group_facts(module, spec), settled, engine.world_size)
     engine.rebuilt = built.rebuilt()
@@ -258,7 +261,8 @@ def build_stream(recipe: Recipe, dataset: Dataset, objective: Objective) -> Stre
     order, limits = with_curriculum(drawn, data, dataset, objective, lambda: count_steps(recipe, drawn))
     pack_length = data.max_length if data.packing else None
     per_device = training.per_device_train_batch_size
-    return Stream(dataset, order, objective, per_device, pack_length, limits=limits, facts=facts)
+    changes, collating = augmentation(data.augment, objective, dataset.table, dataset.variants)
+    return Stream(dataset, order, collating, per_device, pack_length, changes, limits, facts)
 
 
 def count_steps(recipe: Recipe, stream: Stream | Order) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith import averaging, remember
+from tunesmith import averaging, embedding_noise, losses, regularization, remember
 from tunesmith.assemble import Assembled
 from tunesmith.data.prepare import Dataset
 from tunesmith.data.stream import Stream
@@ -35,7 +35,13 @@ class Building:
 
 def build_strategies(building: Building) -> Strategies:
     """All that the recipe asks for; the model has got what is trained beside it as its child EXTRAS."""
-    found = remember.build(building) | averaging.build(building)
+    found = (
+        losses.build(building)
+        | remember.build(building)
+        | regularization.build(building)
+        | averaging.build(building)
+        | embedding_noise.build(building)
+    )
     model: nn.Module = building.built.model
     extras = {name: child for part in found.forward for name, child in part.modules(model).items()}
     if extras:

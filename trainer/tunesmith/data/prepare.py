@@ -12,14 +12,18 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import filelock
+import torch
 
 from tunesmith import __version__
+from tunesmith.data.augment.stored import EXAMPLE, PART, to_json
+from tunesmith.data.augment.transform import keeps_examples
+from tunesmith.data.augment.variants import prepare_variants
 from tunesmith.data.encoded import Dropped
 from tunesmith.data.examples import Example
 from tunesmith.data.formats import FormatCounts, examples
@@ -29,6 +33,7 @@ from tunesmith.data.splitting import Assignment, assign
 from tunesmith.data.table import Encoded, Table, finish_table, write_table
 from tunesmith.errors import Place, UserError
 from tunesmith.objectives import Objective
+from tunesmith.recipe.augment import BackTranslation
 from tunesmith.recipe.data import Data, Source
 from tunesmith.tracking.progress import track
 
@@ -37,11 +42,12 @@ SPLITS = ("train", "eval", "test")
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A split's rows and where they came from."""
+    """A split's rows and where they came from. `variants`: what back-translation has made of the training rows."""
 
     name: str
     table: Table
     segments: tuple[Segment, ...]
+    variants: Table | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -53,7 +59,8 @@ class Dataset:
     @property
     def facts(self) -> dict[str, Any]:
         """Rows, tokens, labelled units, and what was dropped or cut, with reasons."""
-        return {"rows": len(self), **self.table.meta["counts"]}
+        made = {} if self.variants is None else {"back_translation": self.variants.meta["counts"]}
+        return {"rows": len(self), **self.table.meta["counts"], **made}
 
 
 def cache_root(data: Data) -> Path:
@@ -82,15 +89,26 @@ def has_split(data: Data, split: str) -> bool:
     return bool(getattr(data, split)) or (data.split is not None and getattr(data.split, split, 0.0) > 0)
 
 
-def prepare(data: Data, base: Path, objective: Objective, tokenizer_hash: str) -> dict[str, Dataset]:
+def prepare(
+    data: Data,
+    base: Path,
+    objective: Objective,
+    tokenizer_hash: str,
+    *,
+    translate_on: torch.device | None = None,
+) -> dict[str, Dataset]:
     """The splits that the recipe has. Fits the objective on the training examples, or restores what an earlier
-    fit on the same data found."""
+    fit on the same data found. `translate_on`: where back-translation runs; without it there is none."""
     root = cache_root(data)
     root.mkdir(parents=True, exist_ok=True)
     prepared: dict[str, Dataset] = {}
     for split in SPLITS:
         if has_split(data, split):
             prepared[split] = _prepare_split(data, base, split, objective, tokenizer_hash, root)
+    first = data.augment[0] if data.augment else None
+    if isinstance(first, BackTranslation) and translate_on is not None:
+        train = prepared["train"]
+        prepared["train"] = replace(train, variants=prepare_variants(first, train.table, translate_on))
     return prepared
 
 
@@ -101,17 +119,22 @@ def _key(data: Data, base: Path, split: str, objective: Objective, tokenizer_has
         "split": [split, None if data.split is None else data.split.model_dump()],
         "objective": objective.fingerprint,
         "tokenizer": tokenizer_hash,
+        "keeps_examples": _keeps(data, split, objective),
         "version": __version__,
         "code": _CODE,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
+def _keeps(data: Data, split: str, objective: Objective) -> bool:
+    return split == "train" and keeps_examples(data.augment, objective)
+
+
 def _code_hash() -> str:
     # a change of the reading or encoding code makes old entries unreachable, without a version to bump by hand
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
-    for path in sorted([*(package / "data").glob("*.py"), *(package / "objectives").glob("*.py")]):
+    for path in sorted([*(package / "data").rglob("*.py"), *(package / "objectives").glob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -142,7 +165,7 @@ def _build(data: Data, base: Path, split: str, objective: Objective, folder: Pat
     if split == "train":
         objective.fit(example for _, example in split_examples(data, base, "train"))
     found = FormatCounts()
-    builder = _Builder(objective, split_examples(data, base, split, found))
+    builder = _Builder(objective, split_examples(data, base, split, found), _keeps(data, split, objective))
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         kinds = write_table(temporary, track(builder.rows(), f"encoding {split} rows"), objective.kinds)
@@ -159,11 +182,15 @@ def _build(data: Data, base: Path, split: str, objective: Objective, folder: Pat
 
 
 class _Builder:
-    """Encodes examples and keeps count of everything that happens to them."""
+    """Encodes examples and keeps count of everything that happens to them; where it `keeps_examples`, the rows have
+    them beside what was encoded."""
 
-    def __init__(self, objective: Objective, source: Iterator[tuple[int, Example]]) -> None:
+    def __init__(
+        self, objective: Objective, source: Iterator[tuple[int, Example]], keeps_examples: bool
+    ) -> None:
         self.objective = objective
         self.source = source
+        self.keeps_examples = keeps_examples
         self.number = 0
         self.count = 0
         self.read = 0
@@ -188,7 +215,10 @@ class _Builder:
             yield example
 
     def rows(self) -> Iterator[Encoded]:
+        last, part = None, 0
         for example, row in self.objective.encode_all(self._examples()):
+            part = part + 1 if example is last else 0
+            last = example
             if isinstance(row, Dropped):
                 self.dropped[row.reason] += 1
                 self.example_of.setdefault(row.reason, example.place)
@@ -200,7 +230,8 @@ class _Builder:
             self.truncated += int(row.pop("truncated", 0))
             if (reason := row.pop("changed", None)) is not None:
                 self.changed[reason] += 1
-            yield row | {"place_file": file, "place_line": example.place.line}
+            kept: Encoded = {EXAMPLE: to_json(example), PART: part} if self.keeps_examples else {}
+            yield row | kept | {"place_file": file, "place_line": example.place.line}
 
     def nothing_left(self, split: str) -> str:
         if not self.dropped:

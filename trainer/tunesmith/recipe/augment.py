@@ -1,4 +1,5 @@
-"""`data.augment`: what is done to training rows, anew in every epoch, told apart by `type`; in the order of the list."""
+"""`data.augment`: what is done to training rows, anew in every epoch and in the order of the list, told apart by
+`type`."""
 
 from __future__ import annotations
 

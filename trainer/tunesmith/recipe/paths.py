@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import os
 import re
+from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 from tunesmith.errors import UserError
+from tunesmith.recipe.augment import BackTranslation, Operation, Synonyms, TokenInsert
 from tunesmith.recipe.curriculum import ByLoss
 from tunesmith.recipe.data import Source
+from tunesmith.recipe.losses import Function
+from tunesmith.recipe.objective import Objective
 from tunesmith.recipe.root import Recipe
 
 _VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
@@ -28,6 +33,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     if isinstance(curriculum, ByLoss):
         reference = _absolute(curriculum.reference, "data.curriculum.reference", base)
         curriculum = curriculum.model_copy(update={"reference": reference})
+    augment = [_operation(one, f"data.augment.{i}", base) for i, one in enumerate(data.augment)]
     cache = None if data.cache_dir is None else _absolute(data.cache_dir, "data.cache_dir", base)
     model = recipe.model.model_copy(
         update={
@@ -44,9 +50,12 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     ]
     return recipe.model_copy(
         update={
+            "objective": _objective(recipe.objective, base),
             "model": model,
             "trainable": recipe.trainable.model_copy(update={"adapters": adapters}),
-            "data": data.model_copy(update={**splits, "cache_dir": cache, "curriculum": curriculum}),
+            "data": data.model_copy(
+                update={**splits, "cache_dir": cache, "curriculum": curriculum, "augment": augment}
+            ),
             "output_dir": _absolute(recipe.output_dir, "output_dir", Path.cwd()),
         }
     )
@@ -56,6 +65,51 @@ def _source(source: Source, split: str, base: Path) -> Source:
     if source.path.startswith(("hub:", "builtin:")):
         return source
     return source.model_copy(update={"path": _absolute(source.path, f"data.{split}.path", base)})
+
+
+def _operation(operation: Operation, key: str, base: Path) -> Operation:
+    match operation:
+        case Synonyms(table=str(table)) | TokenInsert(table=str(table)):
+            return operation.model_copy(update={"table": _absolute(table, f"{key}.table", base)})
+        case BackTranslation():
+            names = {
+                name: _model_path(value, f"{key}.{name}", base)
+                for name in ("model", "back_model")
+                if isinstance(value := getattr(operation, name), str)
+            }
+            return operation.model_copy(update=names)
+        case _:
+            return operation
+
+
+def _objective(objective: Objective, base: Path) -> Objective:
+    """A loss of the user's own: its file's place, and what is in it, so that a run goes on with the same."""
+    loss = objective.loss
+    if not isinstance(loss, Function):
+        return objective
+    where, _, name = loss.function.rpartition(":")
+    key = "objective.loss.function"
+    function = f"{_absolute(where, key, base)}:{name}" if where.endswith(".py") else loss.function
+    try:
+        digest = sha256(function_file(function).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{key}: {where} cannot be read: {error.strerror}") from None
+    known = loss.model_copy(update={"function": function, "sha256": loss.sha256 or digest})
+    return objective.model_copy(update={"loss": known})
+
+
+def function_file(function: str) -> Path:
+    """The file of `path.py:name` or `module:name`. UserError where there is no such module."""
+    where = function.rpartition(":")[0]
+    if where.endswith(".py"):
+        return Path(where)
+    try:
+        spec = find_spec(where)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise UserError(f"objective.loss.function: there is no module {where}; or name a file: path.py:name")
+    return Path(spec.origin)
 
 
 def _absolute(path: str, key: str, base: Path) -> str:

@@ -28,8 +28,7 @@ def _objectives(recipe: Recipe) -> Iterator[Problem]:
 
 def _unfit(recipe: Recipe, operation: Operation) -> str | None:
     """Why an operation is not for the objective."""
-    objective = recipe.objective
-    kind = objective.type
+    kind = recipe.objective.type
     if isinstance(operation, Mixup):
         if kind == "classification":
             return None
@@ -42,7 +41,7 @@ def _unfit(recipe: Recipe, operation: Operation) -> str | None:
         return f"is not for {kind}, where the text is what is learnt: it would change the labels"
     if kind not in _CHANGED:
         return f"is not for {kind}"
-    if kind == "sft" and objective.train_on_prompt:
+    if recipe.objective.type == "sft" and recipe.objective.train_on_prompt:
         return "is for prompts, which objective.train_on_prompt makes labels: set it to false"
     if isinstance(operation, BackTranslation) and kind == "token_classification":
         return "leaves no word to put a tag on: token_classification has synonyms and the token_ operations"
