@@ -15,8 +15,9 @@ import torch
 
 from tests.matrix.matrix_cells import CELLS
 from tests.matrix.matrix_models import build_workshop
-from tests.matrix.matrix_proof import LivingPools, Record, prove
+from tests.matrix.matrix_proof import Record, prove
 from tests.matrix.matrix_table import read_results, write
+from tests.numerics.rank_pool import LivingPools
 
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
 

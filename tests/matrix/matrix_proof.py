@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.matrix.matrix_cells import ENGINE_FAMILY, METHODS, MIDDLE, RANKS, Cell, Method, cell_recipe
+from tests.matrix.matrix_told import BrokenError, last_line, of_rules, reason
 from tests.matrix.matrix_watch import FILE, NAMES, Seen, Watched, read, watching
-from tests.numerics.rank_pool import Pools, Ranks
+from tests.numerics.rank_pool import Pools
 from tunesmith.adapters.merge import merge
 from tunesmith.commands.export import sample_batch
 from tunesmith.commands.finished import open_run
@@ -60,28 +61,13 @@ class Record:
         return asdict(self)
 
 
-class LivingPools(Pools):
-    """As Pools; ranks that died of one cell are followed by new ones."""
-
-    def __getitem__(self, world_size: int) -> Ranks:
-        ranks = super().__getitem__(world_size)
-        if all(process.is_alive() for process in ranks.processes):
-            return ranks
-        del self._pools[world_size]
-        return super().__getitem__(world_size)
-
-
-class BrokenError(Exception):
-    """Something that must hold does not."""
-
-
 def prove(cell: Cell, workshop: Path, pools: Pools) -> Record:
     """Trains the cell, and again from its middle, and looks at what is left."""
     name = re.sub(r"\W+", "-", str(cell))
     try:
         straight = cell_recipe(cell, workshop, name)
     except ValidationError as error:
-        return Record(cell.method, cell.column, refused=_of_rules(error))
+        return Record(cell.method, cell.column, refused=of_rules(error))
     resumed = straight.model_copy(update={"run_name": f"{name}-resumed"})
     runs = workshop / "runs"
     for recipe in (straight, resumed):
@@ -89,9 +75,9 @@ def prove(cell: Cell, workshop: Path, pools: Pools) -> Record:
     try:
         _train(cell, straight, workshop, pools, Watched())
     except (TunesmithError, RuntimeError, AssertionError) as error:
-        if (reason := _reason(error)) is None:
+        if (refused := reason(error)) is None:
             return _failed(cell, error)
-        return Record(cell.method, cell.column, refused=reason)
+        return Record(cell.method, cell.column, refused=refused)
     try:
         record = _look(cell, runs / name)
         if cell.engine != "single":
@@ -108,7 +94,7 @@ def _failed(cell: Cell, error: BaseException) -> Record:
     if isinstance(error, BrokenError):
         return Record(cell.method, cell.column, failed=str(error))
     traceback.print_exception(error)
-    return Record(cell.method, cell.column, failed=_last_line(error))
+    return Record(cell.method, cell.column, failed=last_line(error))
 
 
 def _spread(cell: Cell, workshop: Path, run_dir: Path) -> float:
@@ -134,24 +120,6 @@ def _train(cell: Cell, recipe: Recipe, workshop: Path, pools: Pools, how: Resume
             run(recipe, workshop, how)
     else:
         pools[RANKS].run(recipe, workshop, how)
-
-
-def _of_rules(error: ValidationError) -> str:
-    return "; ".join(str(e.get("ctx", {}).get("error", e["msg"])) for e in error.errors()).replace("\n", "; ")
-
-
-def _reason(error: BaseException) -> str | None:
-    """The line that a user sees, of an error that is the user's (exit code 2); None for any other."""
-    if isinstance(error, TunesmithError):
-        return str(error) if error.exit_code == 2 else None
-    found = re.findall(r"^tunesmith\.errors\.UserError: (.+)$", str(error), re.MULTILINE)
-    return found[0] if found else None
-
-
-def _last_line(error: BaseException) -> str:
-    """Of a rank's traceback, or of the error's own message with its kind."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
 
 
 def _look(cell: Cell, run_dir: Path) -> Record:

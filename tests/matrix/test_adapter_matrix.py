@@ -11,8 +11,9 @@ import torch
 
 from tests.matrix.matrix_cells import CELLS, METHODS, Cell
 from tests.matrix.matrix_models import build_workshop
-from tests.matrix.matrix_proof import LivingPools, prove
+from tests.matrix.matrix_proof import prove
 from tests.matrix.matrix_table import PAGE, committed, page, read_results
+from tests.numerics.rank_pool import LivingPools
 
 pytestmark = [
     # of PEFT's own from_pretrained, which users call, not we

@@ -83,6 +83,17 @@ class Pools:
             pool.stop()
 
 
+class LivingPools(Pools):
+    """As Pools; ranks that died of one cell are followed by new ones."""
+
+    def __getitem__(self, world_size: int) -> Ranks:
+        ranks = super().__getitem__(world_size)
+        if all(process.is_alive() for process in ranks.processes):
+            return ranks
+        del self._pools[world_size]
+        return super().__getitem__(world_size)
+
+
 def _free_port() -> int:
     """Below the ports that the system hands out by itself: a rank that calls before rank 0 listens could else be
     given the very port that it calls, and talk to itself. Not drawn from `random`: runs in the test's own process seed
