@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith_kernels import linear_cross_entropy
+from tunesmith_kernels import (
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTopK,
+    linear_cross_entropy,
+    linear_distillation,
+)
 from tunesmith_kernels.linear_loss.backends import Backend
 
 
@@ -42,26 +48,67 @@ class HeadOutput:
     ) -> Tensor:
         """Σ over the rows of target [rows, positions] / normalizer: 0-dim fp32. `shift`: target has one position
         less, and position i predicts target i. Raises NotFusable."""
-        if self.problem is not None:
-            raise NotFusable(self.problem)
-        if self.capped and self.outer <= 0:
-            raise NotFusable("its logits are capped at a negative number")
-        hidden = self.hidden[:, :-1] if shift else self.hidden
-        bias = cast(Tensor | None, self.head.bias)
-        if self.extra is not None:
-            extra = self.extra.reshape(-1)
-            bias = extra if bias is None else bias + extra
+        bias, softcap, scale = self._formula()
         return linear_cross_entropy(
-            hidden,
+            self.hidden[:, :-1] if shift else self.hidden,
             self.head.weight,
             target,
             bias=bias,
             normalizer=normalizer,
             label_smoothing=label_smoothing,
-            softcap=self.outer if self.capped else None,
-            scale=self.factor * self.outer,
+            softcap=softcap,
+            scale=scale,
             backend=self.backend,
         )
+
+    def distillation(
+        self,
+        teacher: TeacherHidden | TeacherLogits | TeacherTopK,
+        target: Tensor,
+        *,
+        normalizer: Tensor,
+        divergence: Literal["forward_kl", "reverse_kl", "jsd"],
+        beta: float,
+        temperature: float,
+    ) -> Tensor:
+        """Σ temperature²·D(teacher, student) over the positions of target [rows, positions] that are not ignored /
+        normalizer: 0-dim fp32. Raises NotFusable."""
+        bias, softcap, scale = self._formula()
+        return linear_distillation(
+            self.hidden,
+            self.head.weight,
+            target,
+            teacher=teacher,
+            bias=bias,
+            normalizer=normalizer,
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            softcap=softcap,
+            scale=scale,
+            backend=self.backend,
+        )
+
+    def as_teacher(self, vocab: int | None) -> TeacherHidden:
+        """For another's `distillation`. Raises NotFusable."""
+        bias, softcap, scale = self._formula()
+        return TeacherHidden(self.hidden, self.head.weight, bias, softcap, scale, vocab)
+
+    def without_last(self) -> HeadOutput:
+        """Of all positions [rows, positions, …] but the last."""
+        return replace(self, hidden=self.hidden[:, :-1])
+
+    def _formula(self) -> tuple[Tensor | None, float | None, float]:
+        """(bias, softcap, scale) of the kernels. Raises NotFusable."""
+        if self.problem is not None:
+            raise NotFusable(self.problem)
+        if self.capped and self.outer <= 0:
+            raise NotFusable("its logits are capped at a negative number")
+        bias = cast(Tensor | None, self.head.bias)
+        if self.extra is not None:
+            extra = self.extra.reshape(-1)
+            bias = extra if bias is None else bias + extra
+        return bias, self.outer if self.capped else None, self.factor * self.outer
 
     # what models do with their logits
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith import averaging, embedding_noise, losses, regularization, remember
+from tunesmith import averaging, distill, embedding_noise, losses, regularization, remember
 from tunesmith.assemble import Assembled
 from tunesmith.data.prepare import Dataset
 from tunesmith.data.stream import Stream
@@ -41,6 +41,7 @@ def build_strategies(building: Building) -> Strategies:
         | regularization.build(building)
         | averaging.build(building)
         | embedding_noise.build(building)
+        | distill.build(building)
     )
     model: nn.Module = building.built.model
     extras = {name: child for part in found.forward for name, child in part.modules(model).items()}

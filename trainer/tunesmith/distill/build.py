@@ -1,0 +1,186 @@
+"""`distill` as strategies: teachers in the forward, and the terms of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.distill.divergence import Divergence
+from tunesmith.distill.layers import (
+    Stack,
+    depths,
+    heads,
+    layer_map,
+    projections,
+    refuse_dropped_attention,
+    width,
+)
+from tunesmith.distill.part import Layers, TeacherPart
+from tunesmith.distill.readings import Tokens, readings
+from tunesmith.distill.teacher import know, predicts_tokens, source
+from tunesmith.distill.terms import AttentionTerm, EmbeddingTerm, HiddenTerm, LogitsTerm, TeacherOf
+from tunesmith.errors import UserError
+from tunesmith.parts import StepPart, Strategies
+from tunesmith.recipe.distill import AttentionLoss, EmbeddingLoss, HiddenLoss, LogitsLoss
+from tunesmith.terms import Term
+
+if TYPE_CHECKING:
+    from tunesmith.strategies import Building
+
+
+class OwnShare(StepPart):
+    """The weight of the objective's own terms: `distill.alpha`."""
+
+    def __init__(self, share: float, names: Sequence[str]) -> None:
+        self.name = "distill"
+        self.share, self.names = share, tuple(names)
+
+    def weights(self, step: int, terms: Sequence[Term]) -> Mapping[str, float]:
+        return dict.fromkeys(self.names, self.share)
+
+
+def build(building: Building) -> Strategies:
+    """Raises UserError where a teacher is none of this student, or a loss has nothing to compare."""
+    settings = building.recipe.distill
+    if settings is None:
+        return Strategies()
+    return _Builder(building).build()
+
+
+class _Builder:
+    def __init__(self, building: Building) -> None:
+        assert building.recipe.distill is not None
+        self.building, self.recipe, self.settings = building, building.recipe, building.recipe.distill
+        self.student: Any = building.built.model.config
+        self.known = [
+            know(teacher, building.base, building.objective, building.tokenizer, self.student)
+            for teacher in self.settings.each_teacher
+        ]
+        total = sum(one.settings.weight for one in self.known)
+        self.shares = tuple(one.settings.weight / total for one in self.known)
+        self.terms: list[Term] = []
+        self.layers: list[Layers] = []
+        self.widths: dict[str, tuple[int, int]] = {}
+
+    def build(self) -> Strategies:
+        building, recipe = self.building, self.recipe
+        whole_logits = False
+        for loss in self.settings.each_loss:
+            weight = (1.0 - self.settings.own_share) * loss.weight
+            match loss:
+                case LogitsLoss():
+                    self._logits(loss, weight)
+                    whole_logits = loss.top_k is not None
+                case HiddenLoss():
+                    self._hidden(loss, weight)
+                case AttentionLoss():
+                    self._attention(loss, weight)
+                case EmbeddingLoss():
+                    self._embedding(loss, weight)
+        attention = recipe.model.attn_implementation
+        asked = recipe.each_kernel.linear_cross_entropy
+        facts: dict[str, Any] = {
+            "alpha": self.settings.own_share,
+            "terms": {term.name: term.weight for term in self.terms},
+        }
+        part = TeacherPart(
+            building.objective,
+            building.stream,
+            [(one, source(one, building.objective, attention, recipe.training.seed)) for one in self.known],
+            self.layers,
+            projections(self.widths, recipe.training.seed),
+            whole_logits,
+            self._token_logits(),
+            None if asked in ("auto", "reference") else asked,
+            facts,
+        )
+        own = [term.name for term in building.objective.terms]
+        return Strategies(
+            terms=tuple(self.terms),
+            forward=(part,),
+            steps=(OwnShare(self.settings.own_share, own),),
+            facts={"distill": facts},
+        )
+
+    def _token_logits(self) -> str | None:
+        """The name of the logits over a vocabulary that a term compares."""
+        if not predicts_tokens(self.building.objective):
+            return None
+        found = [term.reading for term in self.terms if isinstance(term, LogitsTerm)]
+        return next((one.logits for one in found if isinstance(one, Tokens)), None)
+
+    def _name(self, name: str) -> str:
+        """A second term of a kind is told from the first."""
+        taken = {term.name for term in self.terms}
+        number = 2
+        found = name
+        while found in taken:
+            found, number = f"{name}_{number}", number + 1
+        return found
+
+    def _logits(self, loss: LogitsLoss, weight: float) -> None:
+        teachers = tuple(
+            TeacherOf(share, one.order, one.vocab) for share, one in zip(self.shares, self.known, strict=True)
+        )
+        for one in self.known:
+            if one.tokenizer is not None:
+                raise UserError(
+                    f"distill: teacher {one.settings.model_name_or_path} has other tokens than the student: their "
+                    "logits cannot be compared"
+                )
+        divergence = Divergence(loss.divergence, loss.beta or 0.5, self.settings.temperature)
+        for reading in readings(self.recipe, self.building.objective):
+            name = self._name(f"distill_logits_{reading.name}" if reading.name else "distill_logits")
+            bucket = loss.rest == "bucket"
+            self.terms.append(LogitsTerm(name, weight, reading, divergence, teachers, loss.top_k, bucket))
+
+    def _maps(self, asked: Any, first: int, stack: Stack) -> tuple[dict[int, int], ...]:
+        own = depths(self.student)[stack]
+        return tuple(
+            layer_map(asked, own, depths(one.config)[stack], first=first, key="distill.losses.layers")
+            for one in self.known
+        )
+
+    def _projections(self, layers: Layers, projection: str) -> Layers:
+        inner = width(self.student)
+        wide = {number: width(one.config) for number, one in enumerate(self.known)}
+        other = {number: outer for number, outer in wide.items() if outer != inner}
+        if other and projection == "none":
+            number, outer = next(iter(other.items()))
+            raise UserError(
+                f"distill.losses: the student is {inner} wide, teacher {self.known[number].name} {outer}: set "
+                "projection: auto"
+            )
+        for number, outer in other.items():
+            for layer in layers.maps[number]:
+                self.widths[layers.name(number, layer)] = (inner, outer)
+        return layers
+
+    def _hidden(self, loss: HiddenLoss, weight: float) -> None:
+        for stack in depths(self.student):
+            name = self._name(f"distill_hidden_{stack}" if stack else "distill_hidden")
+            layers = Layers(name, "hidden", self._maps(loss.layers, 0, stack), stack, projected=True)
+            self.layers.append(self._projections(layers, loss.projection))
+            self.terms.append(HiddenTerm(name, weight, self.shares, loss.loss, stack))
+
+    def _attention(self, loss: AttentionLoss, weight: float) -> None:
+        refuse_dropped_attention(self.student)
+        for one in self.known:
+            if heads(one.config) != heads(self.student):
+                raise UserError(
+                    f"distill.losses: attention: teacher {one.name} has {heads(one.config)} heads, the student "
+                    f"{heads(self.student)}: they are compared head by head; use a loss of type hidden"
+                )
+        for stack in depths(self.student):
+            name = self._name(f"distill_attention_{stack}" if stack else "distill_attention")
+            self.layers.append(Layers(name, "attention", self._maps(loss.layers, 1, stack), stack))
+            self.terms.append(AttentionTerm(name, weight, self.shares, loss.loss, stack))
+
+    def _embedding(self, loss: EmbeddingLoss, weight: float) -> None:
+        name = self._name("distill_embedding")
+        stack: Stack = "encoder" if self.student.is_encoder_decoder else ""
+        own = depths(self.student)[stack]
+        maps = tuple({own: depths(one.config)[stack]} for one in self.known)
+        layers = Layers(name, "hidden", maps, stack, projected=True)
+        self.layers.append(self._projections(layers, loss.projection))
+        self.terms.append(EmbeddingTerm(name, weight, self.shares, loss.loss, loss.pooling, stack))
