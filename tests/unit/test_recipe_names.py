@@ -48,6 +48,7 @@ def holding(section: str, entry: str) -> str:
         "data": SMALL.replace("{train", f"{{{entry}, train"),
         "data.train": SMALL.replace("{path", f"{{{entry}, path"),
         "objective": SMALL.replace("{type", f"{{{entry}, type"),
+        "objective.loss": SMALL.replace("{type", f"{{loss: {{{entry}}}, type"),
         "tracking.wandb": f"{SMALL}tracking: {{wandb: {{{entry}}}}}\n",
         "trainable.head": f"{SMALL}trainable: {{head: {{{entry}}}}}\n",
         "trainable.adapters": f"{SMALL}trainable: {{adapters: [{{{entry}}}]}}\n",
@@ -58,7 +59,11 @@ def holding(section: str, entry: str) -> str:
 @pytest.mark.parametrize("name", [*KEYS, *NOTES])
 def test_another_tools_key_gets_advice_where_it_is_meant(name: str, tmp_path: Path) -> None:
     section, _, leaf = name.rpartition(".")
-    tag = {"trainable.adapters": "type: lora, ", "trainable.unfreeze": "every: 3, "}.get(section, "")
+    tag = {
+        "trainable.adapters": "type: lora, ",
+        "trainable.unfreeze": "every: 3, ",
+        "objective.loss": "type: focal, ",
+    }.get(section, "")
     text = holding(section, f"{tag}{leaf}: 1")
     if name == "trainable.unfreeze.every":
         text = f"{SMALL}trainable: {{unfreeze: [{{at: 1, layers: last 1, every: 1}}]}}\n"

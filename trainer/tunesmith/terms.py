@@ -36,19 +36,25 @@ class Term(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class TokenCrossEntropy:
-    """Σ −log p(label) over the labelled positions; `shift` for next-token prediction.
+class UnitLoss(Protocol):
+    """A loss for each of several units, none of which depends on the others."""
 
-    logits: `outputs[logits]` [rows, positions, classes], or their stand-in; labels: `targets[target]` [rows,
-    positions] int64, −100 where there is no loss. Label smoothing as torch's `cross_entropy` (Szegedy et al. 2016)."""
+    def __call__(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """logits [units, outputs]; labels [units] int64, or [units, outputs]; `mask` [units] bool, false where there is
+        no label (a valid one stands there, and what is returned is not read); → [units]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TokenTerm:
+    """logits: `outputs[logits]` [rows, positions, classes], or their stand-in; labels: `targets[target]` [rows,
+    positions] int64, −100 where there is no loss; `shift` for next-token prediction."""
 
     name: str = "loss"
     weight: float = 1.0
     target: str = "labels"
     logits: str = "logits"
     shift: bool = False
-    label_smoothing: float = 0.0
 
     def _labels(self, batch: Batch) -> Tensor:
         labels = batch.targets[self.target]
@@ -59,6 +65,13 @@ class TokenCrossEntropy:
 
     def units(self, batch: Batch) -> int:
         return int((self._labels(batch) != IGNORED).sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCrossEntropy(_TokenTerm):
+    """Σ −log p(label) over the labelled positions. Label smoothing as torch's `cross_entropy` (Szegedy et al. 2016)."""
+
+    label_smoothing: float = 0.0
 
     def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
         logits: Tensor | HeadOutput = outputs[self.logits]
@@ -79,7 +92,29 @@ class TokenCrossEntropy:
         return total / normalizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLoss(_TokenTerm):
+    """Σ over the labelled positions of `loss`, from the logits."""
+
+    loss: UnitLoss
+
+    def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
+        logits, labels = outputs[self.logits], self._labels(batch)
+        if self._shifts(batch):
+            logits = logits[:, :-1]
+        return _masked_sum(self.loss, logits.flatten(0, 1), labels.flatten()) / normalizer
+
+
+def _masked_sum(loss: UnitLoss, logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Σ of the losses of the units that have a label, and that `mask` [units] bool leaves."""
+    if not labels.is_floating_point():
+        known = labels != IGNORED
+        mask, labels = known if mask is None else known & mask, labels.clamp_min(0)
+    assert mask is not None
+    return torch.where(mask, loss(logits.float(), labels, mask), 0.0).sum()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _RowTerm:
     name: str = "loss"
     weight: float = 1.0
@@ -88,9 +123,21 @@ class _RowTerm:
         return int(batch.targets["row_mask"].sum())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowLoss(_RowTerm):
+    """Σ over rows of `loss`. logits [rows, outputs]; `targets[labels]` [rows] int64, or [rows, outputs]."""
+
+    loss: UnitLoss
+
+    def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
+        mask = batch.targets["row_mask"] > 0
+        return _masked_sum(self.loss, outputs["logits"], batch.targets["labels"], mask) / normalizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowCrossEntropy(_RowTerm):
-    """Σ over rows of −log p(label). logits [rows, classes], `targets[target]` [rows] int64."""
+    """Σ over rows of −log p(label). logits [rows, classes], `targets[target]` [rows] int64, or [rows, classes]: a
+    distribution, whose cross-entropy it is."""
 
     label_smoothing: float = 0.0
     target: str = "labels"
@@ -104,7 +151,7 @@ class RowCrossEntropy(_RowTerm):
         return total / normalizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowBinaryCrossEntropy(_RowTerm):
     """Σ over rows of the mean over labels of the binary cross-entropy. logits and labels [rows, labels]."""
 
@@ -116,7 +163,7 @@ class RowBinaryCrossEntropy(_RowTerm):
         return (losses.mean(dim=-1) * batch.targets["row_mask"]).sum() / normalizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowSquaredError(_RowTerm):
     """Σ over rows of the mean over targets of the squared error. logits and labels [rows, targets]."""
 
@@ -125,7 +172,7 @@ class RowSquaredError(_RowTerm):
         return (losses.mean(dim=-1) * batch.targets["row_mask"]).sum() / normalizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpanCrossEntropy(_RowTerm):
     """Extractive answers: Σ over rows of the mean of −log p(start) and −log p(end) (Devlin et al. 2019), p over the
     row's own positions.
@@ -134,11 +181,9 @@ class SpanCrossEntropy(_RowTerm):
     int64."""
 
     def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
-        # with the padding in the softmax, a row's loss would hang on how long its neighbours in the batch are
-        padding = batch.inputs["attention_mask"] == 0
         ends = [
             F.cross_entropy(
-                outputs[f"{end}_logits"].float().masked_fill(padding, -torch.inf),
+                _over_own_positions(outputs, batch, end),
                 batch.targets[end],
                 ignore_index=IGNORED,
                 reduction="sum",
@@ -146,3 +191,23 @@ class SpanCrossEntropy(_RowTerm):
             for end in ("start", "end")
         ]
         return torch.stack(ends).mean() / normalizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanLoss(_RowTerm):
+    """As SpanCrossEntropy, of `loss`."""
+
+    loss: UnitLoss
+
+    def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
+        ends = [
+            _masked_sum(self.loss, _over_own_positions(outputs, batch, end), batch.targets[end])
+            for end in ("start", "end")
+        ]
+        return torch.stack(ends).mean() / normalizer
+
+
+def _over_own_positions(outputs: Any, batch: Batch, end: str) -> Tensor:
+    # with the padding in the softmax, a row's loss would hang on how long its neighbours in the batch are
+    padding = batch.inputs["attention_mask"] == 0
+    return outputs[f"{end}_logits"].float().masked_fill(padding, -torch.inf)

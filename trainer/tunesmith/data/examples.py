@@ -38,12 +38,15 @@ class Chat:
 @dataclass(frozen=True, slots=True)
 class Labelled:
     """A text, or a pair of texts, with its label(s): a name (single-label), a tuple of names (multi-label),
-    a number or a tuple of numbers (regression)."""
+    a number or a tuple of numbers (regression). `soft_labels`: a distribution over the labels, in their order or by
+    name. `group`: of the list that the text is ranked in."""
 
     text: str
     label: str | tuple[str, ...] | float | tuple[float, ...] | None
     place: Place
     text_pair: str | None = None
+    soft_labels: tuple[float, ...] | dict[str, float] | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

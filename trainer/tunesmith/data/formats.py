@@ -12,12 +12,12 @@ from tunesmith.data.cells import Cells, found
 from tunesmith.data.examples import (
     Answer,
     Example,
-    Labelled,
     Question,
     SourceTarget,
     Text,
     Tokens,
 )
+from tunesmith.data.formats_labels import labelled
 from tunesmith.data.opening import BIO_SUFFIXES, did_you_mean, inner_name
 from tunesmith.data.rows import Row, read_rows
 from tunesmith.errors import DataError
@@ -30,15 +30,13 @@ _COLUMNS: dict[Format, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output", "history", "system"),
     "messages": ("messages", "tools"),
     "sharegpt": ("conversations", "system", "tools"),
-    "classification": ("text", "label"),
-    "pairs": ("text", "text_pair", "label"),
+    "classification": ("text", "label", "soft_labels", "group"),
+    "pairs": ("text", "text_pair", "label", "soft_labels", "group"),
     "tokens": ("tokens", "tags"),
     "squad": ("id", "question", "context", "answers"),
     "translation": ("source", "target"),
 }
-_LABELS = {"answer", "output", "label", "tags", "answers", "target"}
-
-Label = str | tuple[str, ...] | float | tuple[float, ...] | None
+_LABELS = {"answer", "output", "label", "soft_labels", "group", "tags", "answers", "target"}
 
 
 @dataclass
@@ -125,70 +123,15 @@ def _example(source: Source, cells: Cells, need_labels: bool, counts: FormatCoun
             return formats_chat.messages(cells, need_labels)
         case "sharegpt":
             return formats_chat.sharegpt(cells, need_labels)
-        case "classification":
-            label = _label(source, cells, need_labels)
-            return Labelled(cells.text("text"), label, cells.row.place)
-        case "pairs":
-            label = _label(source, cells, need_labels)
-            return Labelled(cells.text("text"), label, cells.row.place, cells.text("text_pair"))
+        case "classification" | "pairs":
+            pair = cells.text("text_pair") if source.format == "pairs" else None
+            return labelled(source, cells, need_labels, pair)
         case "tokens":
             return _tokens(cells, need_labels)
         case "squad":
             return _question(cells, need_labels, counts)
         case "translation":
             return _source_target(cells, need_labels)
-
-
-def _label(source: Source, cells: Cells, need_labels: bool) -> Label:
-    names = source.columns.get("label")
-    if isinstance(names, list):
-        return _numbers(Cells(cells.row, {}), names, need_labels)
-    value = cells.get("label") if need_labels else cells.find("label")
-    if not need_labels and value in (None, ""):
-        return None
-    match value:
-        case bool() | int():
-            return str(value)
-        case float():
-            return cells.number_of("label", value)
-        case list() | tuple():
-            return _labels(cells, list(value))
-        case _:
-            return _name(cells, value)
-
-
-def _name(cells: Cells, value: Any) -> str:
-    name = cells.text_of("label", value)
-    if not name.strip():
-        raise cells.error("label", "the label is empty")
-    return name
-
-
-def _labels(cells: Cells, values: list[Any]) -> tuple[str, ...] | tuple[float, ...]:
-    """Several names (none is the answer "none of them"), or several numbers."""
-    if all(isinstance(value, str) for value in values):
-        return tuple(_name(cells, value) for value in values)
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            what = f"a list of labels must be all text or all numbers; it has {found(value)}"
-            raise cells.error("label", what)
-    return tuple(cells.number_of("label", value) for value in values)
-
-
-def _numbers(cells: Cells, names: list[str], need_labels: bool) -> tuple[float, ...] | None:
-    """Several columns as one tuple; CSV has its numbers as text."""
-    numbers: list[float] = []
-    for name in names:
-        value = cells.get(name) if need_labels else cells.find(name)
-        if not need_labels and value in (None, ""):
-            return None
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                raise cells.error(name, f"must be a number, not {found(value)}") from None
-        numbers.append(cells.number_of(name, value))
-    return tuple(numbers)
 
 
 def _tokens(cells: Cells, need_labels: bool) -> Tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.objectives.base import Objective
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, losses
 from tunesmith.recipe import objective as settings
 
 
@@ -31,6 +31,10 @@ def build_objective(recipe: Recipe, tokenizer: Any) -> Objective:
             from tunesmith.objectives.span_corruption import SpanCorruptionObjective
 
             return SpanCorruptionObjective(chosen, *common)
+        case settings.Classification(loss=losses.Ranking()):
+            from tunesmith.objectives.ranking import RankingObjective
+
+            return RankingObjective(chosen, *common)
         case settings.Classification():
             from tunesmith.objectives.classification import ClassificationObjective
 

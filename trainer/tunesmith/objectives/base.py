@@ -16,6 +16,9 @@ from tunesmith.batch import IGNORED, Batch
 from tunesmith.data.encoded import Dropped
 from tunesmith.data.examples import Example
 from tunesmith.data.table import Encoded, Kind, Table
+from tunesmith.losses.choose import loss_notes, vocabulary_term
+from tunesmith.losses.weights import Labels
+from tunesmith.recipe import objective as recipes
 from tunesmith.terms import Term
 
 Truncation = Literal["cut", "drop"]
@@ -38,11 +41,31 @@ class Objective(ABC):
     prompt_padding: ClassVar[Literal["left", "right"]] = "left"
     task: str = ""  # its name in a run of several
     terms: tuple[Term, ...]
+    reweighted: Term | None = None  # what takes the place of the objective's term later in the run
+    loss_notes: tuple[str, ...] = ()
 
     def __init__(self, tokenizer: Any, max_length: int, truncation: Truncation) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncation: Truncation = truncation
+
+    def use_loss(
+        self,
+        settings: recipes.CausalLM
+        | recipes.SFT
+        | recipes.MaskedLM
+        | recipes.SpanCorruption
+        | recipes.Seq2Seq,
+        smoothing: float = 0.0,
+        *,
+        name: str = "loss",
+        logits: str = "logits",
+        shift: bool = False,
+    ) -> None:
+        """The recipe's loss over the tokens of the vocabulary."""
+        chosen = settings.loss
+        term = vocabulary_term(chosen, settings.type, smoothing, name=name, logits=logits, shift=shift)
+        self.terms, self.loss_notes = (term,), tuple(loss_notes(chosen, Labels(settings.type), (term,)))
 
     # before training
 
@@ -79,7 +102,7 @@ class Objective(ABC):
 
     def notes(self) -> list[str]:
         """Lines for the start-up report."""
-        return []
+        return list(self.loss_notes)
 
     # the model
 

@@ -18,8 +18,7 @@ from tunesmith.data.encoded import Dropped
 from tunesmith.data.examples import Example, Text
 from tunesmith.data.table import Encoded, Table
 from tunesmith.objectives.base import Objective, Truncation, pad, pad_labels, text_inputs
-from tunesmith.recipe.objective import CausalLM
-from tunesmith.terms import TokenCrossEntropy
+from tunesmith.recipe.objective import SFT, CausalLM
 
 
 class DecoderObjective(Objective):
@@ -33,13 +32,13 @@ class DecoderObjective(Objective):
         tokenizer: Any,
         max_length: int,
         truncation: Truncation,
-        label_smoothing: float,
+        settings: CausalLM | SFT,
         *,
         generates: bool = False,
     ) -> None:
         super().__init__(tokenizer, max_length, truncation)
         self.generates = generates
-        self.terms = (TokenCrossEntropy(shift=True, label_smoothing=label_smoothing),)
+        self.use_loss(settings, settings.label_smoothing_factor, shift=True)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -104,9 +103,7 @@ class CausalLMObjective(DecoderObjective):
         *,
         generates: bool = False,
     ) -> None:
-        super().__init__(
-            tokenizer, max_length, truncation, settings.label_smoothing_factor, generates=generates
-        )
+        super().__init__(tokenizer, max_length, truncation, settings, generates=generates)
 
     def encode(self, example: Example) -> Iterator[Encoded | Dropped]:
         """The document and its end marker, in pieces of `max_length`. Each piece begins with the last token of the

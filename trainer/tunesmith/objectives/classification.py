@@ -16,11 +16,15 @@ from tunesmith.data.encoded import Dropped
 from tunesmith.data.examples import Example, Labelled
 from tunesmith.data.table import Encoded, Kind, Table
 from tunesmith.errors import DataError, UserError
+from tunesmith.losses.choose import loss_notes, probabilities, reweighted, terms_of
+from tunesmith.losses.weights import Labels
 from tunesmith.metrics import labels as label_metrics
 from tunesmith.metrics.regression import regression_metrics
+from tunesmith.objectives import label_values
 from tunesmith.objectives.base import Objective, Scores, Truncation, text_inputs
+from tunesmith.recipe.losses import Ordinal
 from tunesmith.recipe.objective import Classification
-from tunesmith.terms import RowBinaryCrossEntropy, RowCrossEntropy, RowSquaredError, Term
+from tunesmith.terms import Term
 
 Problem = Literal["single_label", "multi_label", "regression"]
 
@@ -33,7 +37,12 @@ _HF_PROBLEM: dict[Problem, str] = {
 
 class ClassificationObjective(Objective):
     accepts = (Labelled,)
-    kinds: ClassVar[dict[str, Kind]] = {"numbers": "floats", "labels": "ints", "token_type_ids": "ints"}
+    kinds: ClassVar[dict[str, Kind]] = {
+        "numbers": "floats",
+        "labels": "ints",
+        "soft_labels": "floats",
+        "token_type_ids": "ints",
+    }
 
     def __init__(
         self, settings: Classification, tokenizer: Any, max_length: int, truncation: Truncation
@@ -44,6 +53,8 @@ class ClassificationObjective(Objective):
         self.labels: list[str] = list(settings.labels or [])
         self.width = len(self.labels)
         self.train_counts: dict[str, int] = {}
+        self.train_rows = 0
+        self.soft = False  # rows have a distribution over the labels
 
     # labels
 
@@ -51,16 +62,20 @@ class ClassificationObjective(Objective):
         names: dict[str, int] = {}
         for example in examples:
             assert isinstance(example, Labelled)
-            label = example.label
+            self.train_rows += 1
+            if example.soft_labels is not None:
+                self.soft = True
+                names = dict.fromkeys(label_values.soft_names(example), 0) | names
+            label = label_values.label_of(example, self.labels)
             found: Problem = (
-                "multi_label" if isinstance(label, tuple) and not _numbers(label)
+                "multi_label" if isinstance(label, tuple) and not label_values.are_numbers(label)
                 else "single_label" if isinstance(label, str)
                 else "regression"
             )  # fmt: skip
             if self.problem is None:
                 self.problem = found
             if self.problem == "regression":
-                self.width = max(self.width, len(_as_numbers(example)))
+                self.width = max(self.width, len(label_values.as_numbers(example)))
                 continue
             if found != self.problem and not (self.problem == "multi_label" and found == "single_label"):
                 raise DataError(
@@ -70,8 +85,10 @@ class ClassificationObjective(Objective):
                 )
             for name in label if isinstance(label, tuple) else (label,):
                 names[str(name)] = names.get(str(name), 0) + 1
+        if self.soft and self.problem != "single_label":
+            raise UserError(f"columns.soft_labels: are shares of one label; the problem is {self.problem}")
         if self.problem != "regression":
-            self.labels = self.labels or sorted(names, key=_natural)
+            self.labels = self.labels or sorted(names, key=label_values.natural)
             self.width = len(self.labels)
             self.train_counts = {name: names.get(name, 0) for name in self.labels}
             if self.problem == "single_label" and self.width < 2:
@@ -86,31 +103,31 @@ class ClassificationObjective(Objective):
             "labels": self.labels,
             "width": self.width,
             "counts": self.train_counts,
+            "rows": self.train_rows,
+            "soft": self.soft,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.problem, self.labels, self.width = state["problem"], state["labels"], state["width"]
         self.train_counts = state["counts"]
+        self.train_rows, self.soft = state.get("rows", 0), state.get("soft", False)  # older runs have none
         self._complete()
 
     def _complete(self) -> None:
         self._ids = {name: i for i, name in enumerate(self.labels)}
-        smoothing = self.settings.label_smoothing_factor
-        term: Term
-        match self.problem:
-            case "single_label":
-                term = RowCrossEntropy(label_smoothing=smoothing)
-            case "multi_label":
-                term = RowBinaryCrossEntropy(label_smoothing=smoothing)
-            case _:
-                if smoothing:
-                    raise UserError("objective.label_smoothing_factor: has no effect on regression")
-                term = RowSquaredError()
-        self.terms = (term,)
+        assert self.problem is not None
+        loss, counts = self.settings.loss, tuple(self.train_counts.get(name, 0) for name in self.labels)
+        labels = Labels(self.problem, tuple(self.labels), counts, self.train_rows, self.width)
+        self.terms = self._terms(labels)
+        self.reweighted = reweighted(loss, labels)
+        self.loss_notes = tuple(loss_notes(loss, labels, (*self.terms, self.reweighted)))
+
+    def _terms(self, labels: Labels) -> tuple[Term, ...]:
+        return terms_of(self.settings.loss, labels, self.settings.label_smoothing_factor)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        return super().fingerprint | self.settings.model_dump(exclude={"label_smoothing_factor"})
+        return super().fingerprint | self.settings.model_dump(exclude={"label_smoothing_factor", "loss"})
 
     # rows
 
@@ -133,22 +150,24 @@ class ClassificationObjective(Objective):
 
     def _target(self, example: Labelled) -> Encoded:
         if self.problem == "regression":
-            numbers = [] if example.label is None else _as_numbers(example)
+            numbers = [] if example.label is None else label_values.as_numbers(example)
             if example.label is not None and len(numbers) != self.width:
                 raise DataError(
                     f"{len(numbers)} numbers where other rows have {self.width}", example.place, "label"
                 )
             return {"numbers": numbers}
-        if example.label is None:
-            return {"labels": []}
-        names = example.label if isinstance(example.label, tuple) else (example.label,)
+        soft: Encoded = {"soft_labels": label_values.shares(example, self.labels)} if self.soft else {}
+        label = label_values.label_of(example, self.labels)
+        if label is None:
+            return {"labels": [], **soft}
+        names = label if isinstance(label, tuple) else (label,)
         for name in names:
             if str(name) not in self._ids:
                 known = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
                 raise DataError(
                     f"label {name!r} is not among the training labels ({known})", example.place, "label"
                 )
-        return {"labels": [self._ids[str(name)] for name in names]}
+        return {"labels": [self._ids[str(name)] for name in names], **soft}
 
     # model
 
@@ -163,6 +182,13 @@ class ClassificationObjective(Objective):
         overrides: dict[str, Any] = {"problem_type": _HF_PROBLEM[self.problem]}
         if self.problem == "regression":
             return overrides | {"num_labels": self.width}
+        if isinstance(self.settings.loss, Ordinal) and self.settings.loss.method == "corn":
+            beyond = [f"beyond {name}" for name in self.labels[:-1]]
+            return overrides | {
+                "id2label": dict(enumerate(beyond)),
+                "label2id": {name: i for i, name in enumerate(beyond)},
+                "ordinal_labels": self.labels,
+            }
         return overrides | {"id2label": dict(enumerate(self.labels)), "label2id": dict(self._ids)}
 
     def collate(self, rows: Sequence[Encoded], places: Sequence[int]) -> Batch:
@@ -173,6 +199,10 @@ class ClassificationObjective(Objective):
 
     def _labels(self, rows: Sequence[Encoded]) -> Tensor:
         match self.problem:
+            case "single_label" if self.soft:
+                unlabelled = np.zeros(self.width, np.float32)
+                shares = [row["soft_labels"] if len(row["soft_labels"]) else unlabelled for row in rows]
+                return torch.from_numpy(np.stack(shares).astype(np.float32))
             case "single_label":
                 return torch.tensor([int(row["labels"][0]) if len(row["labels"]) else -100 for row in rows])
             case "multi_label":
@@ -193,7 +223,7 @@ class ClassificationObjective(Objective):
         logits: Tensor = outputs["logits"].float()
         match self.problem:
             case "single_label":
-                values = logits.softmax(-1)
+                values = probabilities(self.settings.loss, logits)
             case "multi_label":
                 values = logits.sigmoid()
             case _:
@@ -258,26 +288,3 @@ class ClassificationObjective(Objective):
                 return "micro_f1", True
             case _:
                 return "loss", False
-
-
-def _numbers(label: tuple[Any, ...]) -> bool:
-    return bool(label) and all(isinstance(item, float) for item in label)
-
-
-def _as_numbers(example: Labelled) -> list[float]:
-    items = example.label if isinstance(example.label, tuple) else (example.label,)
-    try:
-        numbers = [float(item) for item in items]  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):
-        raise DataError(f"{example.label!r} is not a number", example.place, "label") from None
-    if not all(np.isfinite(numbers)):
-        raise DataError(f"{example.label!r} is not a finite number", example.place, "label")
-    return numbers
-
-
-def _natural(name: str) -> tuple[int, float, str]:
-    """Numbers in the order of numbers, before names in theirs: labels "2" and "10" keep their ranks."""
-    try:
-        return (0, float(name), name)
-    except ValueError:
-        return (1, 0.0, name)

@@ -21,7 +21,7 @@ from tunesmith.data.table import Encoded, Kind
 from tunesmith.errors import UserError
 from tunesmith.objectives.base import Objective, Truncation, pad_labels, text_inputs
 from tunesmith.recipe.objective import MaskedLM
-from tunesmith.terms import RowCrossEntropy, TokenCrossEntropy
+from tunesmith.terms import RowCrossEntropy
 
 _SENTENCE = re.compile(r"(?<=[.!?。!?])\s+|\n+")
 _PAIR_SEED = 0  # pairs are made once, when the rows are encoded
@@ -37,14 +37,14 @@ class MaskedLMObjective(Objective):
             raise UserError("objective: masked_lm needs a tokenizer with a mask token")
         self.settings = settings
         if settings.next_sentence:
-            self.terms = (
-                TokenCrossEntropy(name="mlm", logits="prediction_logits"),
+            self.use_loss(settings, name="mlm", logits="prediction_logits")
+            self.terms += (
                 RowCrossEntropy(
                     name="next_sentence", logits="seq_relationship_logits", target="next_sentence"
                 ),
             )
         else:
-            self.terms = (TokenCrossEntropy(),)
+            self.use_loss(settings)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

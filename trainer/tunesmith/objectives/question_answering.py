@@ -16,10 +16,11 @@ from tunesmith.data.encoded import Dropped
 from tunesmith.data.examples import Example, Question
 from tunesmith.data.table import Encoded, Kind, Table
 from tunesmith.errors import UserError
+from tunesmith.losses.choose import loss_notes, terms_of
+from tunesmith.losses.weights import Labels
 from tunesmith.metrics.squad import squad_metrics
 from tunesmith.objectives.base import Objective, Scores, Truncation, text_inputs
 from tunesmith.recipe.objective import QuestionAnswering
-from tunesmith.terms import SpanCrossEntropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,9 @@ class QuestionAnsweringObjective(Objective):
             )
         self.settings = settings
         self.unanswerable = False
-        self.terms = (SpanCrossEntropy(),)
+        labels = Labels(settings.type)
+        self.terms = terms_of(settings.loss, labels, 0.0)
+        self.loss_notes = tuple(loss_notes(settings.loss, labels, self.terms))
 
     def fit(self, examples: Iterable[Example]) -> None:
         """Learns whether there are questions without an answer: only then is none an answer."""

@@ -15,20 +15,19 @@ from tunesmith.data.examples import Chat, Example, SourceTarget
 from tunesmith.data.table import Encoded, Kind, Table
 from tunesmith.errors import DataError, UserError
 from tunesmith.objectives.base import Objective, Truncation, pad_labels, text_inputs
-from tunesmith.recipe.objective import Seq2Seq
-from tunesmith.terms import TokenCrossEntropy
+from tunesmith.recipe.objective import Seq2Seq, SpanCorruption
 
 
 class EncoderDecoderObjective(Objective):
     """What encoder-decoder objectives share: rows of `input_ids` and `labels` (the target with its end marker)."""
 
     def __init__(
-        self, tokenizer: Any, max_length: int, truncation: Truncation, label_smoothing: float
+        self, tokenizer: Any, max_length: int, truncation: Truncation, settings: Seq2Seq | SpanCorruption
     ) -> None:
         super().__init__(tokenizer, max_length, truncation)
         if tokenizer.eos_token_id is None:
             raise UserError("model.tokenizer: it has no eos token, without which a target has no end")
-        self.terms = (TokenCrossEntropy(label_smoothing=label_smoothing),)
+        self.use_loss(settings, settings.label_smoothing_factor)
 
     @property
     def auto_class(self) -> Any:
@@ -72,7 +71,7 @@ class Seq2SeqObjective(EncoderDecoderObjective):
     kinds: ClassVar[dict[str, Kind]] = {"labels": "ints"}
 
     def __init__(self, settings: Seq2Seq, tokenizer: Any, max_length: int, truncation: Truncation) -> None:
-        super().__init__(tokenizer, max_length, truncation, settings.label_smoothing_factor)
+        super().__init__(tokenizer, max_length, truncation, settings)
         self.settings = settings
 
     @property

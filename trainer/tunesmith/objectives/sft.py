@@ -30,9 +30,7 @@ class SFTObjective(DecoderObjective):
         *,
         generates: bool = False,
     ) -> None:
-        super().__init__(
-            tokenizer, max_length, truncation, settings.label_smoothing_factor, generates=generates
-        )
+        super().__init__(tokenizer, max_length, truncation, settings, generates=generates)
         self.settings = settings
         self.template = chats.resolve_template(tokenizer, chat_template)
         # what is exported with the model must render as the training did
@@ -43,7 +41,7 @@ class SFTObjective(DecoderObjective):
         )
 
     def notes(self) -> list[str]:
-        return [self.template.note] if self.template.note else []
+        return super().notes() + ([self.template.note] if self.template.note else [])
 
     @property
     def fingerprint(self) -> dict[str, Any]:

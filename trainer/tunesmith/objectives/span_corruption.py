@@ -25,7 +25,7 @@ class SpanCorruptionObjective(EncoderDecoderObjective):
     def __init__(
         self, settings: SpanCorruption, tokenizer: Any, max_length: int, truncation: Truncation
     ) -> None:
-        super().__init__(tokenizer, max_length, truncation, settings.label_smoothing_factor)
+        super().__init__(tokenizer, max_length, truncation, settings)
         self.settings = settings
         self.sentinels = _sentinels(tokenizer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,10 +13,11 @@ from tunesmith.data.encoded import Dropped
 from tunesmith.data.examples import Example, Tokens
 from tunesmith.data.table import Encoded, Kind, Table
 from tunesmith.errors import DataError, UserError
+from tunesmith.losses.choose import loss_notes, reweighted, terms_of
+from tunesmith.losses.weights import Labels
 from tunesmith.metrics.spans import entity_metrics, entity_table
 from tunesmith.objectives.base import Objective, Scores, Truncation, pad_labels, text_inputs
 from tunesmith.recipe.objective import TokenClassification
-from tunesmith.terms import TokenCrossEntropy
 
 
 class TokenClassificationObjective(Objective):
@@ -32,25 +34,32 @@ class TokenClassificationObjective(Objective):
             )
         self.settings = settings
         self.labels: list[str] = list(settings.labels or [])
-        self.terms = (TokenCrossEntropy(label_smoothing=settings.label_smoothing_factor),)
+        self.train_counts: dict[str, int] = {}
 
     def fit(self, examples: Iterable[Example]) -> None:
-        found = {tag for example in examples if isinstance(example, Tokens) for tag in example.tags or ()}
+        found = Counter(tag for one in examples if isinstance(one, Tokens) for tag in one.tags or ())
         if not self.labels:
             # O first, then each type's B before its I: an order that does not hang on the rows'
             self.labels = sorted(found, key=lambda tag: (tag != "O", tag[2:], tag[:2]))
+        self.train_counts = {name: found[name] for name in self.labels}
         self.load_state(self.state())
 
     def state(self) -> dict[str, Any]:
-        return {"labels": self.labels}
+        return {"labels": self.labels, "counts": self.train_counts}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.labels = state["labels"]
         self._ids = {name: i for i, name in enumerate(self.labels)}
+        self.train_counts = state.get("counts", {})  # older runs have none
+        counts = tuple(self.train_counts.get(name, 0) for name in self.labels)
+        labels = Labels(self.settings.type, tuple(self.labels), counts, sum(counts))
+        self.terms = terms_of(self.settings.loss, labels, self.settings.label_smoothing_factor)
+        self.reweighted = reweighted(self.settings.loss, labels)
+        self.loss_notes = tuple(loss_notes(self.settings.loss, labels, (*self.terms, self.reweighted)))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        return super().fingerprint | self.settings.model_dump(exclude={"label_smoothing_factor"})
+        return super().fingerprint | self.settings.model_dump(exclude={"label_smoothing_factor", "loss"})
 
     def encode(self, example: Example) -> Iterator[Encoded | Dropped]:
         """A sentence longer than `max_length` is cut behind the last whole word that fits; the words behind it have

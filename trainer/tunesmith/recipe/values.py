@@ -73,6 +73,21 @@ _VALUES = {
         "embedding": "sentence_embedding feature_extraction",
         "asr": "automatic_speech_recognition speech",
     },
+    "objective.loss.type": {
+        "cross_entropy": """ce nll crossentropy crossentropyloss cross_entropy_loss softmax
+            categorical_crossentropy""",
+        "binary_cross_entropy": "bce bce_with_logits bcewithlogitsloss binary_crossentropy sigmoid",
+        "mean_squared_error": "mse l2 mse_loss mseloss",
+        "mean_absolute_error": "mae l1 l1_loss l1loss",
+        "huber": "smooth_l1 smoothl1 smooth_l1_loss huber_loss huberloss",
+        "focal": "focal_loss focalloss",
+        "class_balanced": "cb cb_loss class_balanced_loss effective_number",
+        "ldam": "ldam_loss ldam_drw ldam-drw",
+        "ordinal": "ordinal_regression coral corn coral_loss corn_loss emd",
+        "ranking": "ranknet listnet listmle margin_ranking marginrankingloss pairwise listwise",
+        "dice": "dice_loss diceloss dsc self_adjusting_dice",
+        "function": "custom user callable python",
+    },
     "data.train.format": {
         "messages": "chat_template chatml openai chat chat_ml conversational",
         "sharegpt": "conversations",
@@ -168,7 +183,7 @@ PHRASES: dict[str, dict[str, Phrase]] = {
 FILE_KINDS = {"csv", "tsv", "json", "jsonl", "parquet", "txt", "arrow", "xlsx"}
 """What is often given as `format` of a source, which says what a row holds, not how the file is written."""
 
-WORD_FOR_SECTION = {"model.quantization"}
+WORD_FOR_SECTION = {"model.quantization", "objective.loss"}
 """Tagged unions that take the tag alone, in place of the section."""
 
 SHORT = {
