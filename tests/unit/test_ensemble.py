@@ -25,7 +25,9 @@ from tunesmith.commands.evaluate import evaluate_run
 from tunesmith.commands.finished import Weights, open_run
 from tunesmith.ensemble.record import read_ensemble
 from tunesmith.errors import UserError
+from tunesmith.recipe.load import load_recipe, shipped_recipes
 from tunesmith.run import Resume, run
+from tunesmith.schedules import multiplier
 from tunesmith_launch.cli import app
 
 KINDS = ("single_label", "pairs", "multi_label", "regression", "token_classification", "question_answering")
@@ -262,3 +264,27 @@ def test_the_command_line(pair: Pair, tmp_path: Path) -> None:
         done = runner.invoke(app, arguments)
         assert isinstance(done.exception, UserError), arguments
         assert said in str(done.exception)
+
+
+def test_snapshots_are_taken_where_each_cycle_is_lowest(
+    workshop: Path, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """The shipped recipe's numbers, and a small run with the same proportions: every cycle's end is kept."""
+    shipped = load_recipe(shipped_recipes()["banking77_snapshots"]).recipe
+    steps, every = shipped.training.max_steps, shipped.checkpoint.save_steps
+    assert steps is not None
+    assert isinstance(every, int)
+    rates = [multiplier(shipped.schedule, step, steps) for step in range(steps)]
+    lowest = [step for step in range(steps) if step + 1 == steps or rates[step + 1] == 1.0]
+    assert [step + 1 for step in lowest] == list(range(every, steps + 1, every))
+    made = make_recipe(
+        "single_label",
+        training={"max_steps": 4},
+        schedule={"lr_scheduler_type": "cosine_with_restarts", "num_cycles": 4},
+        checkpoint={"save_steps": 1, "save_total_limit": None},
+        run_name="snapshots",
+    )
+    run(made, workshop, Resume())
+    members = checkpoints_of(workshop / "runs" / "snapshots", "all")
+    assert [member.checkpoint for member in members] == [1, 2, 3, 4]
+    assert len(make_ensemble(members, "mean", tmp_path / "e").table) == 4 + 3
