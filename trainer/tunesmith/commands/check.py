@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tunesmith.commands.check_augment import augment_findings
 from tunesmith.commands.check_data import data_findings
 from tunesmith.commands.check_model import model_findings
 from tunesmith.commands.findings import Finding, attempt, error, fine, from_exception, warning
@@ -61,6 +62,7 @@ def check(recipe: Recipe, base: Path) -> Iterator[Finding]:
         )
         return
     yield from data_findings(resolved, datasets, objective)
+    yield from augment_findings(resolved, datasets, objective)
     if isinstance(engine, Finding):
         return
     try:

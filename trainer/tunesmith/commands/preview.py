@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.text import Text
 
 from tunesmith.commands.check_data import spread
+from tunesmith.commands.preview_augment import augmented
 from tunesmith.commands.preview_samples import Sample, sample
 from tunesmith.data.encoded import Dropped
 from tunesmith.data.prepare import Dataset, has_split, prepare, split_examples
+from tunesmith.engine import device_type
 from tunesmith.errors import UserError
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.quiet import quiet_libraries
@@ -62,8 +65,8 @@ class Preview:
 
 
 def preview(recipe: Recipe, base: Path, split: str = "train", rows: int = 4) -> Preview:
-    """`rows` samples, evenly spread through the split, and what is to know about all of it. Raises UserError for a
-    split that the recipe does not have."""
+    """`rows` samples, evenly spread through the split, those of `train` also as they are augmented, and what is to know
+    about all of it. Raises UserError for a split that the recipe does not have."""
     quiet_libraries()
     recipe = resolve_paths(recipe, base)
     if not has_split(recipe.data, split):
@@ -72,13 +75,21 @@ def preview(recipe: Recipe, base: Path, split: str = "train", rows: int = 4) -> 
         )
     tokenizer, notes = tokenizer_for(recipe, base)
     objective = build_objective(recipe, tokenizer)
-    datasets = prepare(recipe.data, base, objective, tokenizer_hash(tokenizer))
+    device = torch.device(device_type())
+    datasets = prepare(recipe.data, base, objective, tokenizer_hash(tokenizer), translate_on=device)
     dataset = datasets[split]
     chosen = spread(len(dataset), rows).tolist()
+    samples = [sample(objective, dataset, row, recipe.training.seed) for row in chosen]
+    if split == "train" and recipe.data.augment:
+        stream = build_stream(recipe, dataset, objective)
+        samples = [
+            replace(one, parts=[*one.parts, *augmented(recipe, stream, row)])
+            for one, row in zip(samples, chosen, strict=True)
+        ]
     return Preview(
         split,
         len(dataset),
-        [sample(objective, dataset, row, recipe.training.seed) for row in chosen],
+        samples,
         histogram(dataset.table.lengths(), recipe.data.max_length),
         recipe.data.max_length,
         _packing(recipe, datasets["train"], objective) if recipe.data.packing else None,

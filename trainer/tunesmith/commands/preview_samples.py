@@ -45,7 +45,7 @@ def sample(objective: Objective, dataset: Dataset, row: int, seed: int) -> Sampl
     """A row as the first epoch draws it."""
     stored = dataset.table.row(row)
     drawn = objective.draw(stored, (seed, 0, row, Salt.ROW))
-    tokenizer, ids = objective.tokenizer, _ints(drawn["input_ids"])
+    tokenizer, ids = objective.tokenizer, ints(drawn["input_ids"])
     about = f"{len(ids)} tokens"
     match objective:
         case ClassificationObjective():
@@ -58,12 +58,12 @@ def sample(objective: Objective, dataset: Dataset, row: int, seed: int) -> Sampl
             parts = [Part("window", pieces(tokenizer, ids, inside))]
             about += "" if held else ", without the answer"
         case EncoderDecoderObjective():
-            target = _ints(drawn["labels"])
+            target = ints(drawn["labels"])
             whole = Part("target", pieces(tokenizer, target, [True] * len(target)))
             parts = [_plain("source", tokenizer, ids), whole]
             about += f", {len(target)} of the target are trained"
         case MaskedLMObjective():
-            parts = [Part("text", _masked(tokenizer, ids, _ints(stored["input_ids"]), drawn["labels"]))]
+            parts = [Part("text", _masked(tokenizer, ids, ints(stored["input_ids"]), drawn["labels"]))]
             about += _share(drawn["labels"])
         case _:
             labels = np.asarray(drawn["labels"])
@@ -79,7 +79,7 @@ def pieces(tokenizer: Any, ids: Sequence[int], trained: Sequence[bool]) -> list[
     end, before = 0, ""
     for is_trained, group in groupby(trained):
         end += len(list(group))
-        text = _decode(tokenizer, ids[:end])
+        text = decode(tokenizer, ids[:end])
         found.append((_short(text[len(before) :]), is_trained))
         before = text
     return found
@@ -89,7 +89,8 @@ def _plain(name: str, tokenizer: Any, ids: Sequence[int]) -> Part:
     return Part(name, pieces(tokenizer, ids, [False] * len(ids)))
 
 
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """With special tokens written out."""
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
@@ -116,7 +117,7 @@ def _tagged(objective: TokenClassificationObjective, row: Encoded, ids: Sequence
     for (start, tag), (stop, _) in pairwise([*places, (len(ids), 0)]):
         word = [token for token in ids[start:stop] if token not in special]
         name = objective.labels[tag]
-        text = _decode(objective.tokenizer, word).strip()
+        text = decode(objective.tokenizer, word).strip()
         found += [(f"{text}/{name}", name != "O"), (" ", False)]
     return found
 
@@ -124,7 +125,7 @@ def _tagged(objective: TokenClassificationObjective, row: Encoded, ids: Sequence
 def _masked(tokenizer: Any, ids: Sequence[int], original: Sequence[int], labels: Any) -> list[Piece]:
     """A chosen token as what it was → what the model sees in its place."""
     found: list[Piece] = []
-    for i, label in enumerate(_ints(labels)):
+    for i, label in enumerate(ints(labels)):
         if label == IGNORED:
             text, trained = tokenizer.convert_ids_to_tokens(original[i]), False
         else:
@@ -140,5 +141,5 @@ def _share(labels: Any) -> str:
     return f", {trained} of them trained ({trained / max(len(labels), 1):.0%})"
 
 
-def _ints(values: Any) -> list[int]:
+def ints(values: Any) -> list[int]:
     return [int(value) for value in values]

@@ -13,12 +13,24 @@ from tunesmith.recipe import augment as settings
 if TYPE_CHECKING:
     from tunesmith.strategies import Building
 
+_LENGTHEN = (settings.TokenInsert, settings.Synonyms, settings.BackTranslation)
+
 
 def build(building: Building) -> Strategies:
-    """The operations of `data.augment` on embeddings, in their order: mixup, then cutoff."""
+    """The operations of `data.augment` on embeddings, in their order: mixup, then cutoff; and for the report, all of
+    its operations."""
+    asked = building.recipe.data.augment
+    if not asked:
+        return Strategies()
+    facts = {"augment": [one.model_dump(mode="json") for one in asked]}
+    longer = [one.type for one in asked if isinstance(one, _LENGTHEN)]
+    notes = (
+        f"{', '.join(longer)} can make a row longer than the longest one that was tried, up to max_length",
+    )
+    plain = Strategies(facts=facts, notes=notes if longer else ())
     changes: list[Change] = []
     mixes = False
-    for number, operation in enumerate(building.recipe.data.augment):
+    for number, operation in enumerate(asked):
         match operation:
             case settings.Mixup():
                 mixes = True
@@ -31,7 +43,7 @@ def build(building: Building) -> Strategies:
             case _:
                 pass
     if not changes:
-        return Strategies()
+        return plain
     part = EmbeddingNoise(changes)
     part.attach(*ways_of_reading(building.built.model))
-    return Strategies(forward=(part,), own=MixedTerm if mixes else None)
+    return plain | Strategies(forward=(part,), own=MixedTerm if mixes else None)

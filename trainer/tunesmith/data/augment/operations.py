@@ -41,7 +41,7 @@ def drop(units: list[Unit], dice: Dice, fraction: float) -> list[Unit]:
 
 
 def swap(units: list[Unit], dice: Dice, fraction: float | None, swaps: int | None) -> list[Unit]:
-    """Two units change places, again and again; the blanks between them stay."""
+    """Two units change places, again and again; the blanks and the punctuation between words stay."""
     n = len(units)
     if n < 2:
         return units
@@ -51,10 +51,15 @@ def swap(units: list[Unit], dice: Dice, fraction: float | None, swaps: int | Non
         i = _below(first, n)
         j = (i + 1 + _below(second, n - 1)) % n
         order[i], order[j] = order[j], order[i]
-    return [
-        (replace(units[i][0], before=place[0].before), *units[i][1:])
-        for i, place in zip(order, units, strict=True)
-    ]
+    return [_moved(units[i], place) for i, place in zip(order, units, strict=True)]
+
+
+def _moved(unit: Unit, place: Unit) -> Unit:
+    """A unit as it stands in the place of another."""
+    first, there = unit[0], place[0]
+    if len(unit) == len(place) == 1 and first.core and there.core:
+        return (replace(there.with_core(first.core), tag=first.tag),)
+    return (replace(first, before=there.before), *unit[1:])
 
 
 def insert(units: list[Unit], dice: Dice, fraction: float, synonyms: Synonyms | None) -> list[Unit]:

@@ -16,6 +16,16 @@ from tunesmith.errors import DataError, MachineError, Place
 def of_table(path: Path) -> Synonyms:
     """TSV: a word, then its synonyms, one to a cell; JSON: {word: [synonym, …]}. Words are looked up in lower case.
     DataError for a file that is neither."""
+    table = _read(path)
+    return lambda word: table.get(word, ())
+
+
+def words_of_table(path: Path) -> int:
+    """How many words have synonyms in it."""
+    return sum(map(bool, _read(path).values()))
+
+
+def _read(path: Path) -> Mapping[str, tuple[str, ...]]:
     found = _json(path) if inner_name(path.name).endswith(".json") else _tsv(path)
     table: dict[str, tuple[str, ...]] = {}
     for word, others in found.items():
@@ -25,7 +35,7 @@ def of_table(path: Path) -> Synonyms:
         table[lower] = tuple(dict.fromkeys((*table.get(lower, ()), *kept)))
     if not any(table.values()):
         raise DataError(f"{path}: no word of the table has a synonym")
-    return lambda word: table.get(word, ())
+    return table
 
 
 def _tsv(path: Path) -> Mapping[str, Sequence[str]]:
