@@ -74,6 +74,10 @@ class StepPart:
         every rank; None where it has none. Without waiting for the device."""
         return None
 
+    def disturb(self, step: int, coefficient: Tensor) -> None:
+        """Changes the local gradients after the norm is taken, which `coefficient` (0-dim, on the device: clipping ×
+        un-scaling, 0 where the step is skipped) is about to multiply. Without waiting for the device."""
+
     def observe(self, step: int, losses: Tensor) -> None:
         """`losses`: [terms] fp64 on the device, the terms' sum / units over the global batch, the same on every
         rank."""

@@ -90,7 +90,10 @@ def train_step(
     skip = torch.maximum(broken, bad_norm)
 
     update.set_learning_rates(engine.optimizer, learning_rate, step)
-    engine.step(clip_coefficient(norm, max_grad_norm) / scale.value, skip)
+    coefficient = clip_coefficient(norm, max_grad_norm) / scale.value
+    for part in strategies.steps:
+        part.disturb(step, coefficient)
+    engine.step(coefficient, skip)
     scale.update(bad_norm)
     for part in strategies.steps:
         part.observe(step, losses)
