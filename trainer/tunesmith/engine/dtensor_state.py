@@ -108,10 +108,9 @@ def copies(parameter: DTensor, world_size: int) -> int:
     return world_size // slices
 
 
-def shard(
-    name: str, parameter: DTensor, value: Tensor, gradient: Tensor | None, world_size: int, tensor_rank: int
-) -> Shard:
-    """`value` and `gradient` are this rank's slice of what the optimizer updates, and of the gradient."""
+def shard(name: str, parameter: DTensor, world_size: int, tensor_rank: int) -> Shard:
+    """This rank's slice of the parameter, without a gradient."""
     shape, box = tuple(parameter.shape), place_of(parameter)[0]
     first, held = flat_start(box, shape), copies(parameter, world_size)
-    return Shard(name, value, gradient, shape, first, box, held, writes(parameter, tensor_rank))
+    value = parameter.to_local().detach()
+    return Shard(name, value, None, shape, first, box, held, writes(parameter, tensor_rank))

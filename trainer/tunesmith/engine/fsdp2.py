@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, cast
 
@@ -66,6 +67,7 @@ class FSDP2Engine(RankedEngine):
         self.settings = settings
         self._unused: tuple[str, ...] = ()
         self._trained: Collection[str] | None = None  # of those that are ever trained; None: all
+        self._places: dict[str, Shard] = {}  # by name, without gradients
         self._split = 0  # parameters that tensor parallelism cuts
         self.mesh, self.tensor_mesh = shard_mesh(device_type, self.world_size, settings)
         tensor_size, sequence_size = settings.tensor_parallel_size, settings.sequence_parallel_size
@@ -210,20 +212,20 @@ class FSDP2Engine(RankedEngine):
     def shards(self) -> list[Shard]:
         if self._gradients():
             self._fill_unused()
-        parameters, masters = self._sharded_parameters(), self._masters()
+        if not self._places:  # they cost more than all the rest
+            self._places = {
+                name: dtensor_state.shard(name, parameter, self.world_size, self._tensor_rank)
+                for name, parameter in self._sharded_parameters().items()
+            }
+        masters = self._masters()
         gradients = {name: gradient for name, _, gradient in self._gradients()}
-        found = [
-            dtensor_state.shard(
-                name,
-                parameters[name],
-                masters.get(local, local.detach()),
-                gradients.get(name),
-                self.world_size,
-                self._tensor_rank,
+        return [
+            replace(
+                self._places[name], value=masters.get(local, local.detach()), gradient=gradients.get(name)
             )
             for name, local in self._parameters()
+            if local.numel() > 0
         ]
-        return [shard for shard in found if shard.value.numel() > 0]
 
     def step(self, coefficient: Tensor, skip: Tensor) -> None:
         device = torch.device("cpu") if self.settings.offload else self.device
