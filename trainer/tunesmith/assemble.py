@@ -60,6 +60,16 @@ def assemble(
     precision, _ = choose(recipe.training.precision, device)
     whole = bool(settings.adapters) or settings.head is not None or recipe.model.quantization is not None
     whole = whole or bool(recipe.model.add_tokens)
+    distill = recipe.distill
+    # projections stand in no file, and the layers that a student begins as in another model's
+    whole = whole or (distill is not None and (distill.trains_projections or distill.init is not None))
+
+    def begin(model: Any) -> dict[str, Any]:
+        from tunesmith.distill.initial import begin_as_teacher  # which imports the engines
+
+        assert distill is not None
+        return begin_as_teacher(model, distill, base, objective, tokenizer, seed).facts()
+
     loaded = load_model(
         recipe.model,
         base,
@@ -69,6 +79,7 @@ def assemble(
         empty=empty and not whole,
         head=settings.head,
         compute_dtype=AUTOCAST.get(precision, torch.float32),
+        begin=begin if distill is not None and distill.init is not None else None,
     )
     few_bits = recipe.model.quantization is not None
     from_files = _from_files(loaded.model, loaded.facts) if settings.adapters or few_bits else frozenset()
@@ -117,7 +128,7 @@ def _training_tokens(
 
 
 def _from_files(model: nn.Module, facts: dict[str, Any]) -> frozenset[tuple[int, str]]:
-    if facts["weights"].startswith("random"):
+    if facts["weights"].startswith("random") or "teacher_layers" in facts:
         return frozenset()
     drawn = set(facts.get("new_weights", []))
     return frozenset(

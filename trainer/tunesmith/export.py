@@ -11,6 +11,7 @@ from tunesmith import quantization
 from tunesmith.adapters.save import save
 from tunesmith.engine import Engine
 from tunesmith.objectives import Objective
+from tunesmith.parts import EXTRAS
 from tunesmith.recipe import Recipe
 
 
@@ -26,11 +27,14 @@ def export_final(engine: Engine, recipe: Recipe, tokenizer: Any, run_dir: Path) 
     """Writes the model, or its adapters, and the tokenizer to `final/` (rank 0) and returns it. An older `final/` is
     replaced whole."""
     final = run_dir / "final"
-    whole = engine.whole_weights()
+    whole = {
+        name: value for name, value in engine.whole_weights().items() if not name.startswith(f"{EXTRAS}.")
+    }
     if engine.rank == 0:
         temporary = run_dir / ".final.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         model: Any = engine.train_module.model
+        beside = model._modules.pop(EXTRAS, None)
         stop_where_taught(model, engine.train_module.objective)
         if recipe.trainable.adapters:
             save(model, temporary, whole)
@@ -39,6 +43,8 @@ def export_final(engine: Engine, recipe: Recipe, tokenizer: Any, run_dir: Path) 
             quantization.dequantized(copy.deepcopy(model)).save_pretrained(temporary)
         else:
             model.save_pretrained(temporary, state_dict=whole)
+        if beside is not None:
+            model.add_module(EXTRAS, beside)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from tunesmith.recipe.model import Model, TrainTokenizer
 from tunesmith.recipe.trainable import Head
 from tunesmith.regularize import attach, configure
 from tunesmith.shapes import whole_numel
+from tunesmith.unpartitioned import unpartitioned
 from tunesmith.weights import Source
 
 
@@ -120,11 +122,12 @@ def load_model(
     empty: bool = False,
     compute_dtype: torch.dtype = torch.float32,
     head: Head | None = None,
+    begin: Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> Loaded:
     """The model with the objective's head, or with `head` on its backbone, in fp32 on the CPU. New weights are drawn
-    by `seed`. `empty`: on the meta device, to be sharded; then `fill` loads; not with a `head`. `compute_dtype`: what
-    quantised layers compute in."""
-    assert not (empty and head is not None), "a model with a head of ours is built whole"
+    by `seed`. `empty`: on the meta device, to be sharded; then `fill` loads; not with a `head` or `begin`.
+    `compute_dtype`: what quantised layers compute in. `begin` gives the whole model other weights; returns facts."""
+    assert not (empty and (head is not None or begin is not None)), "such a model is built whole"
     path = None if settings.model_name_or_path is None else resolve_path(settings.model_name_or_path, base)
     config = _config(settings, path, {} if head is not None else objective.config_overrides(), tokenizer)
     loaded = Loaded(None)
@@ -149,8 +152,10 @@ def load_model(
             for name in ("head_hidden_layers", "head_activation", "head_dropout", "head_pooling")
         }
     else:
-        loaded.model, found = _attempt(settings, objective, source.whole)
-        _tell(loaded, source.path, found)
+        with nullcontext() if begin is None else unpartitioned():
+            loaded.model, found = _attempt(settings, objective, source.whole)
+            _tell(loaded, source.path, found)
+            loaded.facts |= {} if begin is None else begin(loaded.model)
     _fit_vocabulary(loaded, settings, tokenizer, seed)
     loaded.facts |= attach(loaded.model, settings)
     if settings.gradient_checkpointing:

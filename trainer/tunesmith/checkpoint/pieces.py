@@ -117,6 +117,12 @@ class Saved:
         """The paths of all tensors and values."""
         return {*self._parts, *self._values}
 
+    def leave_out(self, prefix: str) -> None:
+        """From here on there is nothing whose name begins so."""
+        for found in (self._parts, self._values):
+            for path in [path for path in found if path[0].startswith(prefix)]:
+                del found[path]
+
     def names(self) -> set[str]:
         return {path[0] for path in self.keys()}
 

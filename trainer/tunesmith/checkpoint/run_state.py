@@ -20,6 +20,7 @@ from tunesmith.engine import Engine
 from tunesmith.engine.shards import read_shard_state, shard_state
 from tunesmith.errors import UserError
 from tunesmith.loss_scale import LossScale
+from tunesmith.parts import EXTRAS
 from tunesmith.recipe import Recipe
 from tunesmith.schedules import Plateau
 
@@ -142,9 +143,13 @@ def load_parts(engine: Engine, path: Path, parts: Mapping[str, Part]) -> None:
         part.load_state(saved[name])
 
 
-def load_weights(engine: Engine, path: Path) -> None:
-    """The weights of a checkpoint into the engine's model, in place."""
-    engine.load_weights(Saved(path, WEIGHTS))
+def load_weights(engine: Engine, path: Path, *, model_alone: bool = False) -> None:
+    """The weights of a checkpoint into the engine's model, in place. `model_alone`: it has nothing of what strategies
+    trained beside it."""
+    saved = Saved(path, WEIGHTS)
+    if model_alone:
+        saved.leave_out(f"{EXTRAS}.")
+    engine.load_weights(saved)
 
 
 def mathematics_hash(recipe: Recipe) -> str:

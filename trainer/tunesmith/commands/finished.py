@@ -126,7 +126,7 @@ def open_run(run_dir: Path, checkpoint: int | None = None) -> FinishedRun:
     engine.rebuilt = built.rebuilt()
     engine.prepare(module, built.fill, Spec(SGD(name="sgd")))  # which holds no state, and takes no step
     if saved is not None:
-        load_weights(engine, saved)
+        load_weights(engine, saved, model_alone=True)
     engine.module.eval()
     return FinishedRun(run_dir, recipe, saved.name if saved else "final", tokenizer, objective, engine)
 
@@ -210,6 +210,7 @@ def open_model(described: Described, device: torch.device) -> Assembled:
     sections = {
         "model": recipe.model.model_copy(update=changes),
         "trainable": recipe.trainable.model_copy(update={"head": None}),
+        "distill": None,
     }
     recipe = recipe.model_copy(update=sections)
     built = assemble(recipe, run_dir, objective, tokenizer, device)

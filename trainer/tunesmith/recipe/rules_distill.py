@@ -49,6 +49,18 @@ def _losses(recipe: Recipe) -> Iterator[Problem]:
         yield problem_at("distill.temperature", "has no effect without a loss on the logits")
 
 
+def _init(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.distill is None or recipe.distill.init is None:
+        return
+    key = "distill.init"
+    if recipe.model.quantization is not None:
+        yield problem_at(
+            key, "copies weights, which model.quantization has in few bits: leave one of them out"
+        )
+    if recipe.trainable.head is not None:
+        yield problem_at(key, "takes the teacher's head too: leave trainable.head out")
+
+
 def _engines(recipe: Recipe) -> Iterator[Problem]:
     distill, parallel = recipe.distill, recipe.parallel
     if distill is None:
@@ -140,5 +152,6 @@ RULES = (
     ({"distill", "tasks"}, _tasks),
     ({"distill", "model", "data"}, _losses),
     ({"distill", "parallel"}, _engines),
+    ({"distill", "model", "trainable"}, _init),
     ({"distill", "objective", "data"}, _rows),
 )
