@@ -23,7 +23,7 @@ from tunesmith.losses.ranking import list_losses
 from tunesmith.losses.sigmoid import BinaryCrossEntropy, SigmoidFocal
 from tunesmith.losses.softmax import LDAM, CrossEntropy, Focal
 from tunesmith.losses.weights import balanced, effective, margins
-from tunesmith.metrics.ranking import ranking_metrics
+from tunesmith.metrics.lists import list_metrics
 from tunesmith.recipe import losses as settings
 
 UNITS, CLASSES = 7, 5
@@ -292,13 +292,13 @@ def test_ranking_metrics_are_scikit_learns() -> None:
     scores = [dice.integers(0, 6, n) / 2 for n in (2, 5, 14, 30)]
     relevance = [dice.integers(0, 4, len(s)).astype(float) for s in scores]
     relevance[0] = np.array([0.0, 1.0])
-    found = ranking_metrics(scores, relevance)
+    found = list_metrics(scores, relevance)
     whole = [ndcg_score([r], [s]) for s, r in zip(scores, relevance, strict=True)]
     ten = [ndcg_score([r], [s], k=10) for s, r in zip(scores, relevance, strict=True)]
     assert found["ndcg"] == pytest.approx(np.mean(whole))
     assert found["ndcg_at_10"] == pytest.approx(np.mean(ten))
-    perfect = ranking_metrics(relevance, relevance)
+    perfect = list_metrics(relevance, relevance)
     assert (perfect["ndcg"], perfect["pair_accuracy"], perfect["mrr"]) == pytest.approx((1.0, 1.0, 1.0))
-    assert ranking_metrics([np.array([3.0, 2.0, 1.0])], [np.array([0.0, 1.0, 2.0])])["mrr"] == pytest.approx(
+    assert list_metrics([np.array([3.0, 2.0, 1.0])], [np.array([0.0, 1.0, 2.0])])["mrr"] == pytest.approx(
         1 / 3
     )

@@ -18,7 +18,7 @@ from tunesmith.data.table import Encoded, Kind, Table
 from tunesmith.errors import DataError, UserError
 from tunesmith.losses.ranking import list_losses
 from tunesmith.losses.weights import Labels
-from tunesmith.metrics.ranking import ranking_metrics
+from tunesmith.metrics.lists import list_metrics
 from tunesmith.objectives.base import Scores
 from tunesmith.objectives.classification import ClassificationObjective
 from tunesmith.recipe.losses import Ranking
@@ -107,12 +107,12 @@ class RankingObjective(ClassificationObjective):
         return [row[: int(n)] for row, n in zip(scores, there.sum(dim=-1).tolist(), strict=True)]
 
     def score(self, table: Table, rows: Sequence[int], predictions: Sequence[Any]) -> Scores:
-        return Scores(ranking_metrics(predictions, [table.value("relevance", row) for row in rows]))
+        return Scores(list_metrics(predictions, [table.value("relevance", row) for row in rows]))
 
     def baseline(self, tables: Mapping[str, Table]) -> dict[str, dict[str, float]]:
         """The order of the file."""
         return {
-            name: ranking_metrics([-np.arange(len(r), dtype=np.float64) for r in lists], lists)
+            name: list_metrics([-np.arange(len(r), dtype=np.float64) for r in lists], lists)
             for name, table in tables.items()
             if name != "train" and (lists := table.column("relevance"))
         }
