@@ -19,9 +19,8 @@ def labelled(source: Source, cells: Cells, need_labels: bool, pair: str | None) 
     soft = _shares(cells, need_labels) if "soft_labels" in source.columns else None
     beside = soft is not None and cells.find("label") in (None, "") and "label" not in source.columns
     label = None if beside else _label(source, cells, need_labels)
-    group = None
-    if "group" in source.columns and (need_labels or cells.find("group") is not None):
-        group = str(cells.get("group"))
+    # what is to be predicted is scored text by text
+    group = str(cells.get("group")) if need_labels and "group" in source.columns else None
     return Labelled(cells.text("text"), label, cells.row.place, pair, soft, group)
 
 

@@ -169,6 +169,21 @@ def vocabulary_term(
     return TokenLoss(loss=own, name=name, logits=logits, shift=shift)
 
 
+def planned_term(
+    loss: settings.Loss | None,
+    smoothing: float = 0.0,
+    *,
+    name: str = "loss",
+    logits: str = "logits",
+    shift: bool = False,
+) -> Term:
+    """As `vocabulary_term`, as far as memory can tell: all losses but the one that a kernel computes need whole
+    logits, and nobody's function is called."""
+    if loss is None or loss.type == "cross_entropy":
+        return TokenCrossEntropy(name=name, logits=logits, shift=shift, label_smoothing=smoothing)
+    return TokenLoss(loss=Focal(), name=name, logits=logits, shift=shift)
+
+
 def reweighted(loss: settings.Loss | None, labels: Labels) -> Term | None:
     """LDAM with the weights that it gets later, as a term that stands in for the objective's from then on."""
     if not isinstance(loss, settings.LDAM) or loss.reweight_from is None:

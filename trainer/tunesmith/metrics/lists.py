@@ -13,8 +13,8 @@ import numpy as np
 def list_metrics(scores: Sequence[Any], relevance: Sequence[Any]) -> dict[str, float]:
     """`ndcg` over whole lists and `ndcg_at_10` (Järvelin & Kekäläinen 2002; the gain is the relevance, raised by the
     list's lowest where that is below 0; the discount is log2 of rank + 1; texts of equal score share the mean of their
-    gains), `pair_accuracy` (pairs of different relevance in their order, equal scores half), `mrr` (1 / rank of the first
-    text of the list's highest relevance): means over lists, each [texts]. nan for no lists."""
+    gains), `pair_accuracy` (pairs of different relevance in their order, equal scores half), `mrr` (1 / rank of the
+    first text of the list's highest relevance): means over lists, each [texts]. nan for no lists."""
     if not len(scores):
         return dict.fromkeys(("ndcg", "ndcg_at_10", "pair_accuracy", "mrr"), math.nan)
     lists = zip(scores, relevance, strict=True)

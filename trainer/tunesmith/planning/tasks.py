@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.batch import Batch
+from tunesmith.losses.choose import planned_term
 from tunesmith.objectives.base import Objective
 from tunesmith.objectives.seq2seq import decoder_inputs
 from tunesmith.recipe import objective as settings
@@ -98,18 +99,18 @@ def task_of(objective: settings.Objective) -> Task:
     beside the rest."""
     match objective:
         case settings.CausalLM() | settings.SFT():
-            term = TokenCrossEntropy(shift=True, label_smoothing=objective.label_smoothing_factor)
+            term = planned_term(objective.loss, objective.label_smoothing_factor, shift=True)
             return Task("AutoModelForCausalLM", (term,), "tokens")
         case settings.MaskedLM(next_sentence=True):
             terms = (
-                TokenCrossEntropy(name="mlm", logits="prediction_logits"),
+                planned_term(objective.loss, name="mlm", logits="prediction_logits"),
                 RowCrossEntropy(
                     name="next_sentence", logits="seq_relationship_logits", target="next_sentence"
                 ),
             )
             return Task("AutoModelForPreTraining", terms, "tokens", token_types=True)
         case settings.MaskedLM():
-            return Task("AutoModelForMaskedLM", (TokenCrossEntropy(),), "tokens", token_types=True)
+            return Task("AutoModelForMaskedLM", (planned_term(objective.loss),), "tokens", token_types=True)
         case settings.Classification(problem="multi_label"):
             return Task("AutoModelForSequenceClassification", (RowBinaryCrossEntropy(),), "numbers", True)
         case settings.Classification(problem="regression"):
@@ -121,7 +122,7 @@ def task_of(objective: settings.Objective) -> Task:
         case settings.QuestionAnswering():
             return Task("AutoModelForQuestionAnswering", (SpanCrossEntropy(),), "spans", True)
         case settings.SpanCorruption() | settings.Seq2Seq():
-            term = TokenCrossEntropy(label_smoothing=objective.label_smoothing_factor)
+            term = planned_term(objective.loss, objective.label_smoothing_factor)
             return Task("AutoModelForSeq2SeqLM", (term,), "sequence")
 
 
