@@ -70,10 +70,11 @@ test-slow: install
 test-all: install
 	$(PYTEST)
 
-# Adapters on every model and engine, into docs/adapters-matrix.json and .md: a fixed part of it is in the tests.
-# MATRIX: words that cells' names hold, such as `ia3 zero3`, for these alone.
+# What works on every model, objective and engine, into docs/adapters-matrix.* and docs/strategies-matrix.*: a fixed
+# part of both is in the tests. MATRIX="strategies ema" runs those of one whose names hold the words.
 matrix: install
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.matrix $(MATRIX)
+	for matrix in $(if $(MATRIX),"$(MATRIX)",adapters strategies); do \
+	  OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.matrix $$matrix || exit 1; done
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache

@@ -1,5 +1,6 @@
-"""Runs every cell and writes the page: `python -m tests.matrix`. With words only the cells whose names hold all of
-them, whose records then take the place of the older ones: `python -m tests.matrix ia3 zero3`."""
+"""Runs every cell of a matrix and writes its page: `python -m tests.matrix adapters` or `strategies`. With more words
+only the cells whose names hold all of them, whose records then take the place of the older ones:
+`python -m tests.matrix adapters ia3 zero3`."""
 
 from __future__ import annotations
 
@@ -10,29 +11,40 @@ import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tests.matrix.matrix_cells import CELLS
+from tests.matrix import (
+    matrix_cells,
+    matrix_proof,
+    matrix_table,
+    strategy_cells,
+    strategy_proof,
+    strategy_table,
+)
 from tests.matrix.matrix_models import build_workshop
-from tests.matrix.matrix_proof import Record, prove
-from tests.matrix.matrix_table import read_results, write
 from tests.numerics.rank_pool import LivingPools
 
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
+SUBJECTS: dict[str, tuple[Any, Any, Any]] = {
+    "adapters": (matrix_cells, matrix_proof, matrix_table),
+    "strategies": (strategy_cells, strategy_proof, strategy_table),
+}
 
 
-def main(words: list[str]) -> int:
+def main(subject: str, words: list[str]) -> int:
+    cells, proof, table = SUBJECTS[subject]
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # PEFT's and transformers' own, of the loading that is not ours
-    chosen = [cell for cell in CELLS if all(word in str(cell) for word in words)]
+    chosen = [cell for cell in cells.CELLS if all(word in str(cell) for word in words)]
     versions = {name: version(name) for name in VERSIONS}
-    records: list[Record] = []
-    if words:
-        older = read_results()
+    records: list[Any] = []
+    if words and table.RESULTS.exists():
+        older = table.read_results()
         if older["versions"] != versions:
             sys.exit(f"the other records are of {older['versions']}: run them all")
-        records += [Record(**values) for values in older["cells"]]
+        records += [proof.Record(**values) for values in older["cells"]]
     pools = LivingPools()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -40,9 +52,9 @@ def main(words: list[str]) -> int:
             build_workshop(workshop)
             for number, cell in enumerate(chosen, start=1):
                 started = time.perf_counter()
-                record = prove(cell, workshop, pools)
+                record = proof.prove(cell, workshop, pools)
                 records.append(record)
-                write(records, versions)
+                table.write(records, versions)
                 said = "✓"
                 if record.failed or record.refused:
                     said = f"FAILS: {record.failed}" if record.failed else f"refused: {record.refused}"
@@ -55,4 +67,6 @@ def main(words: list[str]) -> int:
 
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    sys.exit(main(sys.argv[1:]))
+    if sys.argv[1:2] not in [[name] for name in SUBJECTS]:
+        sys.exit(f"which matrix: {' or '.join(SUBJECTS)}?")
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

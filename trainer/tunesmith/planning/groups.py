@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
+from tunesmith.averaging import state_bytes as average_bytes
 from tunesmith.planning.optimizers import BF16_STATE_BYTES, state_bytes
 from tunesmith.planning.quantised import eight_bit_bytes, four_bit_bytes
 from tunesmith.recipe import Recipe
@@ -52,7 +53,8 @@ def _row(group: Mapping[str, Any], held: _Held, recipe: Recipe) -> Row:
         rounded = BF16_STATE_BYTES.get(recipe.training.precision)
         whole = state_bytes(recipe.optim, shapes) if rounded is None else rounded * numel
         gradients = ceil(weights * held.gradients)
-        state = ceil((whole + held.copy * numel) * held.state)
+        averaged = 0 if recipe.averaging is None else average_bytes(numel)
+        state = ceil((whole + held.copy * numel + averaged) * held.state)
     return found | {"weights": ceil(weights * held.weights), "gradients": gradients, "optimizer": state}
 
 
