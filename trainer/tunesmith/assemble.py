@@ -19,6 +19,8 @@ from tunesmith.precision import choose
 from tunesmith.quantized import scales
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.adapters import Adapter, Existing, Lora
+from tunesmith.tasks.assemble import assemble_tasks
+from tunesmith.tasks.objective import TaskObjective
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,9 @@ def assemble(
 ) -> Assembled:
     """The recipe's model on the CPU. `empty`: on the meta device where its files alone fill it, to be sharded;
     `device`: where it will be trained."""
+    if isinstance(objective, TaskObjective):
+        joined = assemble_tasks(recipe, base, objective, tokenizer, device)
+        return Assembled(joined.model, joined.facts, joined.notes, joined.fill)
     settings, seed = recipe.trainable, recipe.training.seed
     precision, _ = choose(recipe.training.precision, device)
     whole = bool(settings.adapters) or settings.head is not None or recipe.model.quantization is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,12 @@ from torch import Tensor
 from tunesmith.data.order import Salt, deal
 from tunesmith.data.prepare import Dataset
 from tunesmith.engine import Engine
+from tunesmith.errors import UserError
 from tunesmith.module import Predicted
 from tunesmith.objectives import Objective
 from tunesmith.objectives.base import Scores
+from tunesmith.tasks.datasets import TaskDataset
+from tunesmith.tasks.objective import MEAN, TaskObjective
 
 EVALUATION_EPOCH = 2**31 - 1  # what a row is drawn with here: every evaluation sees the same masks
 
@@ -68,7 +71,16 @@ def evaluate(
     engine: Engine, objective: Objective, dataset: Dataset, per_device: int, seed: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Evaluation:  # fmt: skip
-    """Loss and metrics over a whole split; the same on every rank."""
+    """Loss and metrics over a whole split; the same on every rank. Of several tasks the metrics have the task's name
+    before theirs, and the loss is the sum that is trained."""
+    if isinstance(objective, TaskObjective) and isinstance(dataset, TaskDataset):
+        return _of_tasks(
+            objective,
+            {
+                name: evaluate(engine, objective.of(name), own, per_device, seed, progress)
+                for name, own in dataset.parts.items()
+            },
+        )
     rows = range(len(dataset))
     sums, units, predictions = predict_rows(engine, objective, dataset, rows, per_device, seed, progress)
     weights = torch.tensor(
@@ -85,3 +97,27 @@ def evaluate(
             f"{term.name}_loss": float(part) for term, part in zip(objective.terms, parts, strict=True)
         }
     return Evaluation(loss, metrics, scores.tables)
+
+
+def _of_tasks(objective: TaskObjective, found: Mapping[str, Evaluation]) -> Evaluation:
+    """The evaluations of all tasks as one: TASK_METRIC, and the mean of what tells how good each is."""
+    loss = sum(objective.parts[name].weight * own.loss for name, own in found.items())
+    metrics: dict[str, float] = {"loss": loss}
+    best: list[float] = []
+    for name, own in found.items():
+        part = objective.parts[name]
+        chosen = part.evaluation.metrics
+        for asked in (*(chosen or ()), part.metric[0]):
+            if asked not in own.metrics:
+                raise UserError(
+                    f"tasks.{name}.evaluation: {asked} is not among its objective's metrics: {', '.join(own.metrics)}"
+                )
+        kept = (
+            own.metrics if chosen is None else {"loss": own.loss, **{key: own.metrics[key] for key in chosen}}
+        )
+        metrics |= {f"{name}_{key}": value for key, value in kept.items()}
+        best += [own.metrics[part.metric[0]]] if part.trained else []
+    if best and objective.default_metric[0] == MEAN:
+        metrics[MEAN] = sum(best) / len(best)
+    tables = {f"{name} {key}": table for name, own in found.items() for key, table in own.tables.items()}
+    return Evaluation(loss, metrics, tables)

@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tunesmith import quantization
 from tunesmith.adapters.save import save
 from tunesmith.engine import Engine
 from tunesmith.objectives import Objective
 from tunesmith.parts import EXTRAS
 from tunesmith.recipe import Recipe
+from tunesmith.tasks.objective import TaskObjective
 
 
 def stop_where_taught(model: Any, objective: Objective) -> None:
@@ -23,10 +26,22 @@ def stop_where_taught(model: Any, objective: Objective) -> None:
         model.generation_config.pad_token_id = objective.tokenizer.pad_token_id
 
 
+def _write(model: Any, objective: Objective, whole: dict[str, Tensor], recipe: Recipe, folder: Path) -> None:
+    stop_where_taught(model, objective)
+    if recipe.trainable.adapters:
+        save(model, folder, whole)
+    elif recipe.model.quantization is not None:
+        # nobody else's loader knows which of its layers stayed as they were
+        quantization.dequantized(copy.deepcopy(model)).save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, state_dict=whole)
+
+
 def export_final(engine: Engine, recipe: Recipe, tokenizer: Any, run_dir: Path) -> Path:
-    """Writes the model, or its adapters, and the tokenizer to `final/` (rank 0) and returns it. An older `final/` is
-    replaced whole."""
+    """Writes the model, or its adapters, and the tokenizer to `final/` (rank 0) and returns it; of several tasks each
+    to a folder of its own there. An older `final/` is replaced whole."""
     final = run_dir / "final"
+    objective = engine.train_module.objective
     whole = {
         name: value for name, value in engine.whole_weights().items() if not name.startswith(f"{EXTRAS}.")
     }
@@ -35,17 +50,16 @@ def export_final(engine: Engine, recipe: Recipe, tokenizer: Any, run_dir: Path) 
         shutil.rmtree(temporary, ignore_errors=True)
         model: Any = engine.train_module.model
         beside = model._modules.pop(EXTRAS, None)
-        stop_where_taught(model, engine.train_module.objective)
-        if recipe.trainable.adapters:
-            save(model, temporary, whole)
-        elif recipe.model.quantization is not None:
-            # nobody else's loader knows which of its layers stayed as they were
-            quantization.dequantized(copy.deepcopy(model)).save_pretrained(temporary)
+        if isinstance(objective, TaskObjective):
+            for name in objective.parts:
+                with model.whole(name) as one:
+                    _write(one, objective.of(name), model.state_of(name, whole), recipe, temporary / name)
+                tokenizer.save_pretrained(temporary / name)
         else:
-            model.save_pretrained(temporary, state_dict=whole)
+            _write(model, objective, whole, recipe, temporary)
+            tokenizer.save_pretrained(temporary)
         if beside is not None:
             model.add_module(EXTRAS, beside)
-        tokenizer.save_pretrained(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     engine.barrier()

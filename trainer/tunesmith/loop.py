@@ -223,8 +223,11 @@ class Loop:
         """What each term and each penalty of the window was, where there is more than the objective's own loss."""
         found: dict[str, float] = {}
         if len(self.terms) > 1:
-            terms = torch.stack([result.terms for result in self._window]).mean(0).tolist()
-            found |= {f"loss/{term.name}": value for term, value in zip(self.terms, terms, strict=True)}
+            terms = torch.stack([result.terms for result in self._window])
+            there = torch.stack([result.counts[: len(self.terms)] > 0 for result in self._window])
+            means = (terms * there).sum(0) / there.sum(0).clamp(min=1)  # over the steps that had units of it
+            for term, value, some in zip(self.terms, means.tolist(), there.any(0).tolist(), strict=True):
+                found |= {f"loss/{term.name}": value} if some else {}
         for name in self._window[0].penalties:
             values = torch.stack([result.penalties[name] for result in self._window])
             found[f"penalty/{name}"] = float(values.mean())
@@ -239,6 +242,10 @@ class Loop:
         found = self.services.evaluate(step, epoch)
         seconds = time.perf_counter() - started
         self.services.emit(Evaluated(step, epoch, found.loss, found.metrics, found.tables, "eval", seconds))
+        told = [line for part in self.strategies.steps for line in part.evaluated(step, found.metrics)]
+        for line in told:
+            self.services.emit(Message(line, "info"))
+        ended = next((part.ended for part in self.strategies.steps if part.ended), None)
         value = found.metrics[name]
         if self.plateau is not None:
             self.plateau.observe(value, greater)
@@ -255,7 +262,7 @@ class Loop:
                 Message(f"early stopping: no better {name} in {stopping.patience} evaluations", "info")
             )
             return best, "early stopping"
-        return best, None
+        return best, ended
 
 
 def improves(value: float, best: float, greater_is_better: bool, delta: float) -> bool:

@@ -93,6 +93,15 @@ class StepPart:
         """The training is done, and the weights are those of the step that `final/` is made of: they may be changed
         for good."""
 
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> Sequence[str]:
+        """What an evaluation found after `step` steps, the same on every rank. Returns lines for people."""
+        return ()
+
+    @property
+    def ended(self) -> str | None:
+        """Why there is nothing left to train; asked after evaluations."""
+        return None
+
     def sharded_state(self) -> Mapping[str, Mapping[str, Tensor]]:
         """State as large as the parameters: parameter's name → key → tensor shaped like its shard's value."""
         return {}

@@ -16,8 +16,17 @@ ROUNDED_TOLERANCE = 0.05  # where an engine gathers its weights in 16 bits
 
 
 def probe(engine: Engine, stream: Stream) -> dict[str, float | int | list[str]]:
-    """One forward and backward of the longest rows, on the unwrapped module: what fails for want of memory fails
-    now. Parameters that the loss does not use are noted in the module, which touches them in every step."""
+    """One forward and backward of the longest rows of every task, on the unwrapped module: what fails for want of
+    memory fails now. Parameters that the loss does not use, or a task's does not, are noted in the module, which
+    touches them in every step: the gradient that a step has not is zero, on every engine."""
+    found = [_longest(engine, one) for one in stream.each.values()]
+    unused = list(dict.fromkeys(name for _, some in found for name in some))
+    engine.leave_unused(unused)
+    return {"longest_row_tokens": max(width for width, _ in found), "unused_parameters": unused}
+
+
+def _longest(engine: Engine, stream: Stream) -> tuple[int, list[str]]:
+    """The width of the longest batch, and the trained parameters that its loss does not use."""
     lengths = stream.dataset.table.lengths()
     longest = int(lengths.argmax())
     # packed, a sequence is filled up to its length
@@ -37,13 +46,12 @@ def probe(engine: Engine, stream: Stream) -> dict[str, float | int | list[str]]:
         if (told := explain_break(error)) is None:
             raise
         raise UserError(told) from error
-    engine.leave_unused(rehearsal.unused)
     if not torch.isfinite(rehearsal.loss):
         raise TrainingStopped(
             f"the loss of the longest row ({stream.dataset.place(longest)}) is {float(rehearsal.loss)} before any "
             "training"
         )
-    return {"longest_row_tokens": _width(batch), "unused_parameters": rehearsal.unused}
+    return _width(batch), rehearsal.unused
 
 
 def check_packing(stream: Stream, engine: Engine) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith import averaging, distill, embedding_noise, losses, regularization, remember
+from tunesmith import averaging, distill, embedding_noise, losses, regularization, remember, tasks
 from tunesmith.assemble import Assembled
 from tunesmith.data.prepare import Dataset
 from tunesmith.data.stream import Stream
@@ -35,12 +35,18 @@ class Building:
 
 def build_strategies(building: Building) -> Strategies:
     """All that the recipe asks for; the model has got what is trained beside it as its child EXTRAS."""
+    # what an objective or its rows bring along, the rules refuse to one task of several
+    one = (
+        losses.build(building) | embedding_noise.build(building)
+        if not building.recipe.tasks
+        else Strategies()
+    )
     found = (
-        losses.build(building)
+        one
+        | tasks.build(building)
         | remember.build(building)
         | regularization.build(building)
         | averaging.build(building)
-        | embedding_noise.build(building)
         | distill.build(building)
     )
     model: nn.Module = building.built.model

@@ -46,7 +46,8 @@ def _choose(recipe: Recipe, base: Path) -> tuple[Parallel, str]:
         return DDP(strategy="ddp"), f"auto: {recipe.optim.name} needs whole matrices"
     kind = device_type()
     try:
-        return choose_strategy(recipe, world_size, _device_memory(kind), base, kind)
+        seen = next(iter(recipe.views.values()))  # of several tasks the first: the backbone is what weighs
+        return choose_strategy(seen, world_size, _device_memory(kind), base, kind)
     except (
         UserError,
         ArithmeticError,

@@ -70,6 +70,11 @@ class Stream:
         self._epoch: tuple[int, list[Rows], list[Rows]] | None = None
         self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
 
+    @property
+    def each(self) -> Mapping[str, Stream]:
+        """The streams of the tasks, by name; itself, under no name, where there is one."""
+        return {"": self}
+
     @cached_property
     def steps_per_epoch(self) -> int:
         return self.order.steps_per_epoch

@@ -11,6 +11,10 @@ from tunesmith.recipe import objective as settings
 
 def build_objective(recipe: Recipe, tokenizer: Any) -> Objective:
     """The recipe's objective; the modules of the others are not imported."""
+    if recipe.tasks:
+        from tunesmith.tasks.prepare import build_objectives
+
+        return build_objectives(recipe, tokenizer)
     chosen = recipe.objective
     common = (tokenizer, recipe.data.max_length, recipe.data.truncation)
     generates = recipe.evaluation.generate is not None

@@ -8,14 +8,16 @@ import re
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tunesmith.errors import UserError
 from tunesmith.recipe.augment import BackTranslation, Operation, Synonyms, TokenInsert
 from tunesmith.recipe.curriculum import ByLoss
-from tunesmith.recipe.data import Source
+from tunesmith.recipe.data import Data, Source
 from tunesmith.recipe.losses import Function
 from tunesmith.recipe.objective import Objective
 from tunesmith.recipe.root import Recipe
+from tunesmith.recipe.tasks import Task
 
 _VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
 
@@ -24,17 +26,6 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with absolute paths: those of data and folders are relative to `base`, the recipe's folder;
     `output_dir` is relative to where the command is typed. `$NAME` and `${NAME}` are environment variables; one
     that is not set is a UserError. Hub ids and builtin sources stay as they are."""
-    data = recipe.data
-    splits = {
-        name: [_source(source, name, base) for source in getattr(data, name)]
-        for name in ("train", "eval", "test")
-    }
-    curriculum = data.curriculum
-    if isinstance(curriculum, ByLoss):
-        reference = _absolute(curriculum.reference, "data.curriculum.reference", base)
-        curriculum = curriculum.model_copy(update={"reference": reference})
-    augment = [_operation(one, f"data.augment.{i}", base) for i, one in enumerate(data.augment)]
-    cache = None if data.cache_dir is None else _absolute(data.cache_dir, "data.cache_dir", base)
     model = recipe.model.model_copy(
         update={
             name: _model_path(value, f"model.{name}", base)
@@ -50,14 +41,43 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     ]
     return recipe.model_copy(
         update={
-            "objective": _objective(recipe.objective, base),
             "model": model,
             "trainable": recipe.trainable.model_copy(update={"adapters": adapters}),
-            "data": data.model_copy(
-                update={**splits, "cache_dir": cache, "curriculum": curriculum, "augment": augment}
-            ),
+            **_rows(recipe, base),
+            "tasks": {
+                name: task.model_copy(update=_rows(task, base) | _run(task, base))
+                for name, task in recipe.tasks.items()
+            },
             "output_dir": _absolute(recipe.output_dir, "output_dir", Path.cwd()),
         }
+    )
+
+
+def _rows(holder: Recipe | Task, base: Path) -> dict[str, Any]:
+    """`data` and `objective`, where there are any, of a recipe or of a task."""
+    if holder.data is None:
+        return {}
+    found = {"data": _data(holder.data, base)}
+    return found if holder.objective is None else found | {"objective": _objective(holder.objective, base)}
+
+
+def _run(task: Task, base: Path) -> dict[str, Any]:
+    return {} if task.run is None else {"run": _absolute(task.run, "tasks.run", base)}
+
+
+def _data(data: Data, base: Path) -> Data:
+    splits = {
+        name: [_source(source, name, base) for source in getattr(data, name)]
+        for name in ("train", "eval", "test")
+    }
+    curriculum = data.curriculum
+    if isinstance(curriculum, ByLoss):
+        reference = _absolute(curriculum.reference, "data.curriculum.reference", base)
+        curriculum = curriculum.model_copy(update={"reference": reference})
+    augment = [_operation(one, f"data.augment.{i}", base) for i, one in enumerate(data.augment)]
+    cache = None if data.cache_dir is None else _absolute(data.cache_dir, "data.cache_dir", base)
+    return data.model_copy(
+        update={**splits, "cache_dir": cache, "curriculum": curriculum, "augment": augment}
     )
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from tunesmith.recipe import rules
 from tunesmith.recipe.averaging import Averaging
@@ -97,6 +103,10 @@ class Recipe(Section):
     def views(self) -> dict[str, Recipe]:
         """The recipe as each of its tasks sees it, by name; itself, under no name, where there are none."""
         return {name: self.view(name) for name in self.tasks} or {"": self}
+
+    @field_serializer("data", "objective", mode="wrap")
+    def _absent(self, value: Any, write: SerializerFunctionWrapHandler) -> Any:
+        return None if value is None else write(value)
 
     @field_validator("run_name")
     @classmethod

@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import permutations
 from typing import TYPE_CHECKING
 
+from tunesmith.recipe.augment import Cutoff, Mixup
 from tunesmith.recipe.faults import Problem, problem_at
+from tunesmith.recipe.losses import LDAM
 from tunesmith.recipe.model import TrainTokenizer
 from tunesmith.recipe.parallel import FSDP2
 from tunesmith.recipe.tasks import FixedWeights, GradNorm, TogetherMixing
@@ -85,6 +87,8 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
 def _weights(recipe: Recipe) -> Iterator[Problem]:
     if recipe.tasks and not trained(recipe):
         yield problem_at("tasks", "no task has a weight above 0: nothing would be trained")
+    elif recipe.tasks and all(recipe.tasks[name].run is not None for name in trained(recipe)):
+        yield problem_at("tasks", "all that are trained have run: one must be new, with data and objective")
     for name, task in recipe.tasks.items():
         if task.weight == 0:
             if task.evaluation.early_stopping is not None:
@@ -195,8 +199,31 @@ def _together_with(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _strategies(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.tasks and recipe.distill is not None:
+    """Strategies that know one objective, or one task's rows."""
+    if not recipe.tasks:
+        return
+    if recipe.distill is not None:
         yield problem_at("distill", "and tasks exclude each other: a teacher has one head")
+    if recipe.regularization.r_drop is not None:
+        yield problem_at("regularization.r_drop", "and tasks exclude each other: it knows one objective")
+    if recipe.remember is not None:
+        for name in ("run", "ewc", "probes"):
+            if getattr(recipe.remember, name):
+                yield problem_at(
+                    f"remember.{name}", "is of one objective: make the finished run a task (tasks.NAME.run)"
+                )
+    for name, task in recipe.tasks.items():
+        for number, operation in enumerate(() if task.data is None else task.data.augment):
+            if isinstance(operation, Mixup | Cutoff):
+                yield problem_at(
+                    f"tasks.{name}.data.augment.{number}.type",
+                    f"{operation.type} changes the embeddings of every task: leave it out",
+                )
+        loss = None if task.objective is None else task.objective.loss
+        if isinstance(loss, LDAM) and loss.reweight_from is not None:
+            yield problem_at(
+                f"tasks.{name}.objective.loss.reweight_from", "is for a run of one task: leave it out"
+            )
 
 
 RULES: tuple[tuple[set[str], Rule], ...] = (
@@ -208,5 +235,5 @@ RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"tasks", "multitask", "training"}, _rows),
     ({"tasks", "evaluation", "trainable"}, _elsewhere),
     ({"tasks", "trainable", "model"}, _together_with),
-    ({"tasks", "distill"}, _strategies),
+    ({"tasks", "distill", "regularization", "remember"}, _strategies),
 )

@@ -50,9 +50,8 @@ class Task(Section):
                 if getattr(self, name) is None:
                     raise ValueError(f"{name}: is missing (or: run, the folder of a finished run)")
         else:
-            for name in ("objective", "head"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: is that of run: leave it out")
+            if self.head is not None:
+                raise ValueError("head: is that of run: leave it out")
         return self
 
 
