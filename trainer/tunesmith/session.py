@@ -10,6 +10,7 @@ from tunesmith.averaging import average_among
 from tunesmith.checkpoint.run_state import RunState, load_parts, load_weights
 from tunesmith.checkpoint.state import Progress
 from tunesmith.data.prepare import Dataset
+from tunesmith.decisions.scores import UNTUNED
 from tunesmith.engine import Engine
 from tunesmith.errors import UserError
 from tunesmith.evaluator import Evaluation, evaluate
@@ -73,7 +74,7 @@ class Session:
             if name not in found.metrics:
                 raise UserError(f"{key} is not among this objective's metrics: {known}")
         if settings.metrics is not None:
-            kept = {"loss", *settings.metrics}
+            kept = {"loss", *settings.metrics, *(f"{name}{UNTUNED}" for name in settings.metrics)}
             chosen = {name: value for name, value in found.metrics.items() if name in kept}
             found = Evaluation(found.loss, chosen, found.tables)
         return found

@@ -43,8 +43,8 @@ def row_labels(objective: Objective, table: Table) -> Labels:
             of_tag = [types.index(tag[2:]) if tag != "O" else -1 for tag in objective.labels]
             rows = [{of_tag[tag] for tag in tags} - {-1} for tags in table.column("tags")]
             return _rarest([sorted(row) for row in rows], types)
-        case _:
-            raise AssertionError(f"{type(objective).__name__} has no labels")
+        case _:  # ranking, which is a loss of classification
+            raise UserError("data.sampling: draws rows by their label; these rows have none")
 
 
 def _rarest(rows: Sequence[Sequence[Any]], names: Sequence[str]) -> Labels:

@@ -6,6 +6,7 @@ other bounded score is 0 to 1 (correlations −1 to 1). No input makes a functio
 denominator is zero is 0.0, a score of nothing (no rows, no references) is nan, each said where it applies.
 The tables are the same counts per class, label or entity type."""
 
+from tunesmith.metrics.calibration import multi_label_calibration, single_label_calibration
 from tunesmith.metrics.labels import (
     ClassScore,
     LabelTable,
@@ -15,6 +16,7 @@ from tunesmith.metrics.labels import (
     single_label_metrics,
     single_label_table,
 )
+from tunesmith.metrics.ranking import average_precision, curve_areas, roc_auc
 from tunesmith.metrics.regression import regression_metrics
 from tunesmith.metrics.spans import entity_metrics, entity_spans, entity_table
 from tunesmith.metrics.squad import normalize_answer, squad_metrics
@@ -34,21 +36,26 @@ __all__ = [
     "ClassScore",
     "LabelTable",
     "Signed",
+    "average_precision",
     "bleu",
     "bleu_tokenizer",
     "chrf",
+    "curve_areas",
     "entity_metrics",
     "entity_spans",
     "entity_table",
     "exact_match",
     "extract_answer",
     "majority_baseline_accuracy",
+    "multi_label_calibration",
     "multi_label_metrics",
     "multi_label_table",
     "normalize_answer",
     "regression_metrics",
+    "roc_auc",
     "rouge",
     "rouge_tokenizer",
+    "single_label_calibration",
     "single_label_metrics",
     "single_label_table",
     "squad_metrics",

@@ -63,10 +63,12 @@ def _ratio(numerator: Counts, denominator: Counts) -> Floats:
 
 
 def single_label_metrics(predictions: ClassIds, references: ClassIds) -> dict[str, float]:
-    """`accuracy`, `macro_f1`, `micro_f1`, `weighted_f1`, `macro_precision`, `macro_recall`, `mcc`.
+    """`accuracy`, `macro_f1`, `micro_f1`, `weighted_f1`, `macro_precision`, `macro_recall`,
+    `balanced_accuracy`, `mcc`.
 
     `predictions`, `references`: class ids ≥ 0, [rows]. Macro averages run over the classes that occur in the
-    references or the predictions, weighted ones by the references' counts (both scikit-learn's default).
+    references or the predictions, weighted ones by the references' counts (both scikit-learn's default);
+    `balanced_accuracy` is the mean recall of those in the references.
     `micro_f1` equals `accuracy`, as every row has one label. `mcc` is Gorodkin's R_K (2004, Comput. Biol.
     Chem. 28), 0.0 where the references or the predictions are all of one class. No rows: all nan."""
     matrix = _confusion(predictions, references)
@@ -84,11 +86,21 @@ def single_label_metrics(predictions: ClassIds, references: ClassIds) -> dict[st
         "weighted_f1": float(f1 @ support[occurs]) / rows,
         "macro_precision": float(precision.mean()),
         "macro_recall": float(recall.mean()),
+        "balanced_accuracy": float(_ratio(hits, support)[support > 0].mean()),
         "mcc": _mcc(hits, predicted, support),
     }
 
 
-_SINGLE = ("accuracy", "macro_f1", "micro_f1", "weighted_f1", "macro_precision", "macro_recall", "mcc")
+_SINGLE = (
+    "accuracy",
+    "macro_f1",
+    "micro_f1",
+    "weighted_f1",
+    "macro_precision",
+    "macro_recall",
+    "balanced_accuracy",
+    "mcc",
+)
 
 
 def single_label_table(predictions: ClassIds, references: ClassIds, names: Sequence[str]) -> LabelTable:
@@ -139,7 +151,9 @@ def _mcc(hits: Counts, predicted: Counts, support: Counts) -> float:
 
 def multi_label_metrics(predictions: Indicators, references: Indicators) -> dict[str, float]:
     """`micro_f1`, `macro_f1`, `micro_precision`, `micro_recall`, `macro_precision`, `macro_recall`,
-    `subset_accuracy` (rows with every label right), `hamming_loss` (share of wrong cells, lower is better).
+    `balanced_accuracy`, `mcc`, `subset_accuracy` (rows with every label right), `hamming_loss` (share of wrong cells,
+    lower is better). `balanced_accuracy` (the mean of a label's recall and its absence's) and `mcc` are means over the
+    labels that some rows have and others do not, nan where there is none.
 
     `predictions`, `references`: 0/1 or bool, [rows, labels]. Macro averages run over all labels, also those
     that never occur (0.0), as in scikit-learn; micro scores are 0.0 where no label is set. No rows: all
@@ -150,6 +164,10 @@ def multi_label_metrics(predictions: Indicators, references: Indicators) -> dict
     hits, predicted_counts, support = _label_counts(predicted, given)
     precision, recall, f1 = precision_recall_f1(hits, predicted_counts, support)
     micro = precision_recall_f1(*(counts.sum(keepdims=True) for counts in (hits, predicted_counts, support)))
+    without = len(given) - support
+    told_apart = (support > 0) & (without > 0)
+    absent_hits = without - (predicted_counts - hits)
+    balanced = (_ratio(hits, support) + _ratio(absent_hits, without)) / 2
     return {
         "micro_f1": float(micro[2][0]),
         "macro_f1": float(f1.mean()),
@@ -157,9 +175,25 @@ def multi_label_metrics(predictions: Indicators, references: Indicators) -> dict
         "micro_recall": float(micro[1][0]),
         "macro_precision": float(precision.mean()),
         "macro_recall": float(recall.mean()),
+        "balanced_accuracy": float(balanced[told_apart].mean()) if told_apart.any() else math.nan,
+        "mcc": _mean_mcc(hits, predicted_counts, support, len(given), told_apart),
         "subset_accuracy": float(np.mean((predicted == given).all(axis=1))),
         "hamming_loss": float(np.mean(predicted != given)),
     }
+
+
+def _mean_mcc(
+    hits: Counts, predicted: Counts, support: Counts, rows: int, told_apart: NDArray[np.bool_]
+) -> float:
+    found = [
+        _mcc(
+            np.array([hits[i], rows - predicted[i] - support[i] + hits[i]]),
+            np.array([predicted[i], rows - predicted[i]]),
+            np.array([support[i], rows - support[i]]),
+        )
+        for i in np.flatnonzero(told_apart)
+    ]
+    return sum(found) / len(found) if found else math.nan
 
 
 _MULTI = (
@@ -169,6 +203,8 @@ _MULTI = (
     "micro_recall",
     "macro_precision",
     "macro_recall",
+    "balanced_accuracy",
+    "mcc",
     "subset_accuracy",
     "hamming_loss",
 )

@@ -15,6 +15,8 @@ from tunesmith.batch import Batch
 from tunesmith.data.encoded import Dropped
 from tunesmith.data.examples import Example, Labelled
 from tunesmith.data.table import Encoded, Kind, Table
+from tunesmith.decisions import UNDECIDED, Decisions
+from tunesmith.decisions.scores import multi_label_scores, single_label_scores
 from tunesmith.errors import DataError, UserError
 from tunesmith.losses.choose import loss_notes, probabilities, reweighted, terms_of
 from tunesmith.losses.weights import Labels
@@ -53,6 +55,7 @@ class ClassificationObjective(Objective):
         self.labels: list[str] = list(settings.labels or [])
         self.width = len(self.labels)
         self.train_counts: dict[str, int] = {}
+        self.decisions = UNDECIDED
         self.train_rows = 0
         self.soft = False  # rows have a distribution over the labels
 
@@ -105,12 +108,13 @@ class ClassificationObjective(Objective):
             "counts": self.train_counts,
             "rows": self.train_rows,
             "soft": self.soft,
-        }
+        } | ({"decisions": self.decisions.state()} if self.decisions != UNDECIDED else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.problem, self.labels, self.width = state["problem"], state["labels"], state["width"]
         self.train_counts = state["counts"]
         self.train_rows, self.soft = state.get("rows", 0), state.get("soft", False)  # older runs have none
+        self.decisions = Decisions.of(state.get("decisions", {}))
         self._complete()
 
     def _complete(self) -> None:
@@ -239,17 +243,9 @@ class ClassificationObjective(Objective):
             many = np.zeros((len(rows), self.width), dtype=np.int64)
             for i, row in enumerate(rows):
                 many[i, table.value("labels", row)] = 1
-            chosen = (values > 0.5).astype(np.int64)
-            return Scores(
-                label_metrics.multi_label_metrics(chosen, many),
-                {"labels": label_metrics.multi_label_table(chosen, many, self.labels)},
-            )
+            return Scores(*multi_label_scores(values, many, self.labels, self.decisions))
         one = np.array([table.value("labels", row)[0] for row in rows], dtype=np.int64)
-        best = values.argmax(-1)
-        return Scores(
-            label_metrics.single_label_metrics(best, one),
-            {"labels": label_metrics.single_label_table(best, one, self.labels)},
-        )
+        return Scores(*single_label_scores(values, one, self.labels, self.train_counts, self.decisions))
 
     def baseline(self, tables: Mapping[str, Table]) -> dict[str, dict[str, float]]:
         """Always answering the most frequent training label."""
@@ -265,19 +261,19 @@ class ClassificationObjective(Objective):
         return found
 
     def presentable(self, table: Table, row: int, prediction: Any) -> dict[str, Any]:
-        match self.problem:
-            case "single_label":
-                best = int(prediction.argmax())
-                return {"label": self.labels[best], "score": round(float(prediction[best]), 6)}
-            case "multi_label":
-                chosen = [name for name, p in zip(self.labels, prediction, strict=True) if p > 0.5]
-                return {
-                    "labels": chosen,
-                    "scores": {n: round(float(p), 6) for n, p in zip(self.labels, prediction, strict=True)},
-                }
-            case _:
-                numbers = [float(value) for value in prediction]
-                return {"value": numbers[0] if len(numbers) == 1 else numbers}
+        if self.problem == "regression":
+            numbers = [float(value) for value in prediction]
+            return {"value": numbers[0] if len(numbers) == 1 else numbers}
+        exclusive = self.problem == "single_label"
+        values = self.decisions.calibrated(prediction[None], exclusive=exclusive)
+        if exclusive:
+            best = int(self.decisions.one_label(values)[0])
+            return {"label": self.labels[best], "score": round(float(values[0, best]), 6)}
+        chosen = self.decisions.many_labels(values)[0]
+        return {
+            "labels": [name for name, has in zip(self.labels, chosen, strict=True) if has],
+            "scores": {name: round(float(p), 6) for name, p in zip(self.labels, values[0], strict=True)},
+        }
 
     @property
     def default_metric(self) -> tuple[str, bool]:
