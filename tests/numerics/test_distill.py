@@ -1,0 +1,120 @@
+"""Distillation in whole runs: however the rows are split, the curve is the same, on every engine; a teacher is a
+finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from objective_cases import (
+    ACCUMULATED,
+    ADAMW,
+    CASES,
+    RANKS,
+    SGD,
+    SHARDED,
+    WHOLE,
+    Run,
+    assert_same_curves,
+    assert_same_weights,
+    recipe,
+)
+from tunesmith.run import Resume, run
+
+Teacher = Callable[[str], str]
+
+EAGER = {"attn_implementation": "eager"}
+EVERY_LOSS = [
+    {"type": "logits", "divergence": "jsd", "beta": 0.3},
+    {"type": "hidden", "weight": 0.5},
+    {"type": "hidden", "loss": "cosine", "layers": {2: 1}},
+    {"type": "attention"},
+    {"type": "embedding"},
+]
+
+
+@pytest.fixture(scope="session")
+def teacher(workshop: Path) -> Teacher:
+    """The folder of a finished run of a case, trained away from where the students begin."""
+
+    def folder(case: str) -> str:
+        name = f"teacher-{case}"
+        if not (workshop / "runs" / name / "final").is_dir():
+            faster = {**ADAMW, "optim": {**ADAMW["optim"], "learning_rate": 0.01, "max_grad_norm": None}}
+            made = recipe(workshop, CASES[case], faster, WHOLE, 6, training={"seed": 11})
+            run(made.model_copy(update={"run_name": name}), workshop, Resume())
+        return str(workshop / "runs" / name)
+
+    return folder
+
+
+def distil(teacher: str, **settings: Any) -> dict[str, Any]:
+    return {"teacher_model_name_or_path": teacher, "temperature": 2.0, **settings}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_curve_is_the_same_however_the_rows_are_split(train: Run, teacher: Teacher, case: str) -> None:
+    settings = distil(teacher(case))
+    whole = train(case, SGD, WHOLE, 4, distill=settings)
+    assert all(row["loss/distill_logits"] > 0 for row in whole.rows)
+    for layout in (ACCUMULATED, RANKS):
+        split = train(case, SGD, layout, 4, distill=settings)
+        assert_same_curves(split, whole)
+        assert_same_weights(split, whole)
+
+
+@pytest.mark.parametrize("case", ["single_label", "causal_lm", "masked_lm", "seq2seq_t5"])
+def test_every_loss_is_the_same_however_the_rows_are_split(train: Run, teacher: Teacher, case: str) -> None:
+    settings = distil(teacher(case), losses=EVERY_LOSS)
+    whole = train(case, SGD, WHOLE, 4, model=EAGER, distill=settings)
+    kinds = {key.partition("/")[2].split("_")[1] for key in whole.rows[0] if key.startswith("loss/distill")}
+    assert kinds == {"logits", "hidden", "attention", "embedding"}
+    for layout in (ACCUMULATED, RANKS):
+        split = train(case, SGD, layout, 4, model=EAGER, distill=settings)
+        assert_same_curves(split, whole)
+        assert_same_weights(split, whole)
+
+
+THIN = {
+    "init": "from_config",
+    "config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+def test_every_engine_distils_alike(train: Run, teacher: Teacher, strategy: str) -> None:
+    parallel = {"ddp": {"strategy": "ddp"}, **SHARDED}[strategy]
+    settings = distil(teacher("causal_lm"), losses=[{"type": "logits"}, {"type": "hidden"}])
+    alone = train("causal_lm", SGD, WHOLE, 4, model=THIN, distill=settings)
+    ranks = train("causal_lm", SGD, RANKS, 4, model=THIN, distill=settings, parallel=parallel)
+    assert_same_curves(ranks, alone)
+    assert_same_weights(ranks, alone)
+    assert not any("extras" in name for name in alone.weights)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+def test_every_engine_begins_with_the_teachers_layers(train: Run, teacher: Teacher, strategy: str) -> None:
+    parallel = {"ddp": {"strategy": "ddp"}, **SHARDED}[strategy]
+    settings = distil(teacher("single_label"), init="last_k")
+    sections = {"model": {"config": {"num_hidden_layers": 1}}, "distill": settings}
+    alone = train("single_label", SGD, WHOLE, 3, **sections)
+    ranks = train("single_label", SGD, RANKS, 3, **sections, parallel=parallel)
+    assert alone.facts["teacher_layers"] == {"bert.encoder.layer": [1]}
+    assert_same_curves(ranks, alone)
+    assert_same_weights(ranks, alone)
+
+
+@pytest.mark.parametrize("case", ["causal_lm", "single_label"])
+def test_a_teacher_that_fsdp2_shards_teaches_the_same(train: Run, teacher: Teacher, case: str) -> None:
+    whole = distil(teacher(case))
+    sharded = {
+        "teachers": [{"model_name_or_path": teacher(case), "placement": "sharded"}],
+        "temperature": 2.0,
+    }
+    alone = train(case, SGD, WHOLE, 4, distill=whole)
+    ranks = train(case, SGD, RANKS, 4, distill=sharded, parallel={"strategy": "fsdp2"})
+    assert_same_curves(ranks, alone)
+    assert_same_weights(ranks, alone)
