@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tunesmith.compiling import compile_layers
 from tunesmith.data.augment.pairs import augmentation
 from tunesmith.data.order import Order
 from tunesmith.data.ordering import build_order, with_curriculum
-from tunesmith.data.prepare import Dataset, prepare
+from tunesmith.data.prepare import Dataset
 from tunesmith.data.stream import Stream
 from tunesmith.decisions import fit as decisions
 from tunesmith.engine import Engine, build_engine
@@ -52,6 +53,10 @@ from tunesmith.signals import StopRequest
 from tunesmith.startup import check_packing, probe
 from tunesmith.strategies import Building, build_strategies
 from tunesmith.strategy import settle
+from tunesmith.tasks.datasets import TaskDataset
+from tunesmith.tasks.objective import TaskObjective, greater_is_better
+from tunesmith.tasks.prepare import flat, join_streams, prepare_rows, task_view, window_rows
+from tunesmith.tasks.runs import read_runs
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 from tunesmith.tracking.events import Evaluated, Message, RunEnded, RunStarted
 from tunesmith.tracking.tracker import Tracker
@@ -66,7 +71,7 @@ def run(recipe: Recipe, base: Path, how: Resume) -> None:
     started = time.perf_counter()
     # before the process group: in it, ranks that disagree hang, or train something else
     preflight = agree(recipe, base)
-    recipe = resolve_paths(recipe, base)
+    recipe = read_runs(resolve_paths(recipe, base), base)
     run_dir = Path(recipe.output_dir) / recipe.run_name
     settled, why = settle(recipe, base, preflight)
     with StopRequest() as stop:
@@ -100,11 +105,11 @@ def _train(
     # others wait on its lock, then for each other, outside any collective
     tokenizer, notes = tokenizer_for(recipe, base)
     objective = build_objective(recipe, tokenizer)
-    datasets = prepare(recipe.data, base, objective, tokenizer_hash(tokenizer), translate_on=engine.device)
+    datasets = prepare_rows(recipe, base, objective, tokenizer_hash(tokenizer), engine.device)
     decisions.check(recipe.evaluation, objective)
     engine.wait_for_all("data")
     if preflight is not None:
-        preflight.tables(datasets)
+        preflight.tables(flat(datasets))
 
     # an engine that shards gets a model without weights, and loads each rank's part of them when it has sharded it
     built = assemble(recipe, base, objective, tokenizer, engine.device, empty=engine.builds_empty)
@@ -151,7 +156,7 @@ def _train(
     # the probe runs before the first reduced step: it finds the parameters that the loss does not use
     facts |= probe(engine, stream)
     if engine.rank == 0:
-        facts["predicted_peak"] = predict_peak(
+        facts["predicted_peak"] = predict_peaks(
             settled,
             base,
             Built(
@@ -162,12 +167,12 @@ def _train(
                     recipe.training.per_device_train_batch_size,
                     ceil(recipe.training.global_batch_size / engine.data_size),
                 ),
-                None if recipe.data.packing else facts["longest_row_tokens"],
+                facts["longest_row_tokens"],
                 peak_memory_bytes(engine.device) if engine.device.type == "cpu" else 0,
             ),
         )
-    if recipe.data.packing:
-        facts["packing_difference"] = check_packing(stream, engine)
+    if packed := [one for one in stream.each.values() if one.pack_length is not None]:
+        facts["packing_difference"] = max(check_packing(one, engine) for one in packed)
 
     metric = best_metric(recipe, objective) if "eval" in datasets else None
     plateau = Plateau(recipe.schedule) if isinstance(recipe.schedule, ReduceOnPlateau) else None
@@ -276,8 +281,25 @@ def what_next(run_dir: Path) -> dict[str, str]:
     }
 
 
+def predict_peaks(recipe: Recipe, base: Path, built: Built) -> dict[str, Any]:
+    """The peak of the task that needs most, where there are several."""
+    found = [
+        predict_peak(view, base, replace(built, longest=None) if view.data.packing else built)
+        for name, view in recipe.views.items()
+        if not name or recipe.tasks[name].weight > 0
+    ]
+    return max(found, key=lambda one: one["bytes"] or 0)
+
+
 def build_stream(recipe: Recipe, dataset: Dataset, objective: Objective) -> Stream:
     """The training rows in their order."""
+    if isinstance(objective, TaskObjective) and isinstance(dataset, TaskDataset):
+        rows = window_rows(recipe, list(dataset.parts))
+        streams = {
+            name: build_stream(task_view(recipe, name, rows[name]), own, objective.of(name))
+            for name, own in dataset.parts.items()
+        }
+        return join_streams(recipe, dataset, streams, objective, count_steps)
     data, training = recipe.data, recipe.training
     drawn, facts = build_order(data, dataset, objective, training.global_batch_size, training.seed)
     order, limits = with_curriculum(drawn, data, dataset, objective, lambda: count_steps(recipe, drawn))
@@ -297,16 +319,13 @@ def count_steps(recipe: Recipe, stream: Stream | Order) -> int:
     return max(1, ceil(round(epochs * stream.steps_per_epoch, 9)))
 
 
-_SMALLER_IS_BETTER = {"perplexity", "mse", "rmse", "mae", "hamming_loss", "log_loss", "brier", "ece"}
-
-
 def best_metric(recipe: Recipe, objective: Objective) -> tuple[str, bool]:
     """What chooses the best evaluation, and whether greater is better."""
     name, greater = objective.default_metric
     asked = recipe.evaluation.metric_for_best
     if asked is not None:
         name = asked.removeprefix("eval_")
-        greater = not (name.endswith("loss") or name in _SMALLER_IS_BETTER)
+        greater = greater_is_better(name)
     if recipe.evaluation.greater_is_better is not None:
         greater = recipe.evaluation.greater_is_better
     if recipe.evaluation.metrics is not None and name not in {"loss", *recipe.evaluation.metrics}:

@@ -78,8 +78,12 @@ class Task:
         return name, greater
 
 
+_SMALLER = ("loss", "perplexity", "mse", "rmse", "mae", "brier", "ece")
+
+
 def greater_is_better(metric: str) -> bool:
-    return not metric.endswith(("loss", "perplexity", "mse", "rmse", "mae"))
+    """Of a metric, under a task's name or its own."""
+    return not metric.endswith(tuple(f"_{name}" for name in _SMALLER)) and metric not in _SMALLER
 
 
 class TaskObjective(Objective):
