@@ -120,12 +120,14 @@ def falls(probability: float, key: tuple[int, ...]) -> bool:
     return probability >= 1.0 or float(raw(1, *key)[0] / 2.0**64) < probability
 
 
-def _learnt(row: Encoded) -> list[list[float]]:
+def _learnt(row: Encoded) -> list[Any]:
     """What a row teaches: its labels, numbers, and the tokens of its answer."""
     labels = np.asarray(row.get("labels", ()))
     start, end = row.get("start", 0), row.get("end", -1)
-    parts = (labels[labels != IGNORED], row.get("numbers", ()), row["input_ids"][start : end + 1])
-    return [np.asarray(part, dtype=np.float64).tolist() for part in parts]
+    # the table's precision: numbers come back from it as fp32
+    numbers = np.asarray(row.get("numbers", ()), dtype=np.float32)
+    parts = (labels[labels != IGNORED], numbers, np.asarray(row["input_ids"][start : end + 1]))
+    return [part.tolist() for part in parts]
 
 
 def _change(index: int, asked: settings.Operation, objective: Objective, variants: Table | None) -> Change:
