@@ -16,7 +16,9 @@ from tunesmith.recipe.curriculum import ByLoss
 from tunesmith.recipe.data import Data, Source
 from tunesmith.recipe.losses import Function
 from tunesmith.recipe.objective import Objective
+from tunesmith.recipe.remember import Remember
 from tunesmith.recipe.root import Recipe
+from tunesmith.recipe.tracking import Tracking
 from tunesmith.recipe.tasks import Task
 
 _VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
@@ -48,6 +50,8 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
                 name: task.model_copy(update=_rows(task, base) | _run(task, base))
                 for name, task in recipe.tasks.items()
             },
+            "remember": _remember(recipe.remember, base),
+            "tracking": _tracking(recipe.tracking, base),
             "output_dir": _absolute(recipe.output_dir, "output_dir", Path.cwd()),
         }
     )
@@ -65,6 +69,23 @@ def _run(task: Task, base: Path) -> dict[str, Any]:
     return {} if task.run is None else {"run": _absolute(task.run, "tasks.run", base)}
 
 
+def _remember(remember: Remember | None, base: Path) -> Remember | None:
+    if remember is None:
+        return None
+    changes: dict[str, Any] = {
+        "probes": {
+            name: probe.model_copy(update={"run": _absolute(probe.run, f"remember.probes.{name}.run", base)})
+            for name, probe in remember.probes.items()
+        }
+    }
+    if remember.run is not None:
+        changes["run"] = _absolute(remember.run, "remember.run", base)
+    if remember.ewc is not None and remember.ewc.data is not None:
+        sources = [_source(source, "ewc", base) for source in remember.ewc.data]
+        changes["ewc"] = remember.ewc.model_copy(update={"data": sources})
+    return remember.model_copy(update=changes)
+
+
 def _data(data: Data, base: Path) -> Data:
     splits = {
         name: [_source(source, name, base) for source in getattr(data, name)]
@@ -79,6 +100,13 @@ def _data(data: Data, base: Path) -> Data:
     return data.model_copy(
         update={**splits, "cache_dir": cache, "curriculum": curriculum, "augment": augment}
     )
+
+
+def _tracking(tracking: Tracking, base: Path) -> Tracking:
+    if tracking.compare_with is None:
+        return tracking
+    compared = _absolute(tracking.compare_with, "tracking.compare_with", base)
+    return tracking.model_copy(update={"compare_with": compared})
 
 
 def _source(source: Source, split: str, base: Path) -> Source:

@@ -20,8 +20,10 @@ class Wandb(Section):
 
 
 class Tracking(Section):
-    """`logging_steps` is in optimizer steps. `progress`: `auto` is a bar on a terminal, lines elsewhere."""
+    """`logging_steps` is in optimizer steps. `progress`: `auto` is a bar on a terminal, lines elsewhere.
+    `compare_with`: the folder of another run, whose figures report.html shows beside this one's."""
 
     logging_steps: Positive = 10
     progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    compare_with: str | None = None
     wandb: Wandb = Field(default_factory=Wandb)
