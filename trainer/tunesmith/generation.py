@@ -39,7 +39,7 @@ def generate(
     whole = {row: objective.prompt(dataset.table, row) for row in rows}
     prompts = {row: prompt if room is None else prompt[-room:] for row, prompt in whole.items()}
     ordered = sorted(rows, key=lambda row: -len(prompts[row]))
-    options = _options(objective, settings)
+    options = search_options(objective, settings)
     found: dict[int, str] = {}
     window = engine.data_size * per_device
     engine.module.eval()
@@ -59,7 +59,8 @@ def generate(
     return Generated(texts, frozenset(row for row in rows if len(prompts[row]) < len(whole[row])))
 
 
-def _options(objective: Objective, settings: Generate) -> dict[str, Any]:
+def search_options(objective: Objective, settings: Generate) -> dict[str, Any]:
+    """What transformers' `generate` is to be told."""
     stops = objective.stop_strings()
     return {
         "max_new_tokens": settings.max_new_tokens,

@@ -85,6 +85,8 @@ class Loop:
                 engine.data_size,
                 prefetch=engine.device.type != "cpu" and step + 1 < self.total_steps,
             )
+            for part in self.strategies.steps:
+                batches = part.rollout(step, batches)
             result = train_step(
                 engine,
                 batches,

@@ -64,6 +64,11 @@ class StepPart:
     def open(self, step: int) -> None:
         """Before step `step` (0-based) draws its batches."""
 
+    def rollout(self, step: int, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """What this rank's micro-batches of step `step` become before their units are counted: as many, with answers
+        of the model in them. Every rank has as many micro-batches."""
+        return batches
+
     def weights(self, step: int, terms: Sequence[Term]) -> Mapping[str, float]:
         """Factors on the weights of terms, by the terms' names; those that are not named keep theirs."""
         return {}

@@ -36,6 +36,7 @@ class Salt(IntEnum):
     TRANSFORM = 8
     SAMPLING = 9
     CURRICULUM = 10
+    ROLLOUT = 11
 
 
 def raw(n: int, *key: int) -> NDArray[np.uint64]:

@@ -14,6 +14,7 @@ from tunesmith.errors import UserError
 from tunesmith.recipe.augment import BackTranslation, Operation, Synonyms, TokenInsert
 from tunesmith.recipe.curriculum import ByLoss
 from tunesmith.recipe.data import Data, Source
+from tunesmith.recipe.distill import Distill
 from tunesmith.recipe.losses import Function
 from tunesmith.recipe.objective import Objective
 from tunesmith.recipe.remember import Remember
@@ -46,6 +47,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             "model": model,
             "trainable": recipe.trainable.model_copy(update={"adapters": adapters}),
             **_rows(recipe, base),
+            "distill": _distill(recipe, base),
             "tasks": {
                 name: task.model_copy(update=_rows(task, base) | _run(task, base))
                 for name, task in recipe.tasks.items()
@@ -158,6 +160,23 @@ def function_file(function: str) -> Path:
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         raise UserError(f"objective.loss.function: there is no module {where}; or name a file: path.py:name")
     return Path(spec.origin)
+
+
+def _distill(recipe: Recipe, base: Path) -> Distill | None:
+    distill = recipe.distill
+    if distill is None:
+        return None
+    key, changes = "distill.teacher_model_name_or_path", dict[str, Any]()
+    if distill.teacher_model_name_or_path is not None:
+        changes["teacher_model_name_or_path"] = _model_path(distill.teacher_model_name_or_path, key, base)
+    changes["teachers"] = [
+        one.model_copy(update={"model_name_or_path": _model_path(one.model_name_or_path, "distill.teachers", base)})
+        for one in distill.teachers
+    ]
+    if distill.offline is not None and distill.offline.path is not None:
+        path = _absolute(distill.offline.path, "distill.offline.path", base)
+        changes["offline"] = distill.offline.model_copy(update={"path": path})
+    return distill.model_copy(update=changes)
 
 
 def _absolute(path: str, key: str, base: Path) -> str:
