@@ -42,9 +42,8 @@ def export_final(engine: Engine, recipe: Recipe, tokenizer: Any, run_dir: Path) 
     to a folder of its own there. An older `final/` is replaced whole."""
     final = run_dir / "final"
     objective = engine.train_module.objective
-    whole = {
-        name: value for name, value in engine.whole_weights().items() if not name.startswith(f"{EXTRAS}.")
-    }
+    every = engine.whole_weights()
+    whole = {name: value for name, value in every.items() if not name.startswith(f"{EXTRAS}.")}
     if engine.rank == 0:
         temporary = run_dir / ".final.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -60,6 +59,9 @@ def export_final(engine: Engine, recipe: Recipe, tokenizer: Any, run_dir: Path) 
             tokenizer.save_pretrained(temporary)
         if beside is not None:
             model.add_module(EXTRAS, beside)
+            state = {name.removeprefix(f"{EXTRAS}."): v for name, v in every.items() if name not in whole}
+            for part in engine.train_module.parts:
+                part.export(state, run_dir)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     engine.barrier()

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,9 @@ class ForwardPart:
     def add(self, module: TrainModule, outputs: Mapping[str, Any], batch: Batch) -> Mapping[str, Any]:
         """What the terms read beside the model's outputs, under names of its own."""
         return {}
+
+    def export(self, state: Mapping[str, Tensor], run_dir: Path) -> None:
+        """`final/` is written; `state`: the trained weights of all `modules` there were, by name. On rank 0 alone."""
 
 
 class StepPart:

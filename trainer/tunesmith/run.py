@@ -46,6 +46,7 @@ from tunesmith.recipe.load import dump_recipe
 from tunesmith.recipe.parallel import Parallel
 from tunesmith.recipe.paths import resolve_paths
 from tunesmith.recipe.schedule import ReduceOnPlateau
+from tunesmith.remember.probes import probe_all, probes_of
 from tunesmith.run_dir import Resume, open_run_dir
 from tunesmith.schedules import Plateau
 from tunesmith.session import Session
@@ -58,6 +59,7 @@ from tunesmith.tasks.objective import TaskObjective, greater_is_better
 from tunesmith.tasks.prepare import flat, join_streams, prepare_rows, task_view, window_rows
 from tunesmith.tasks.runs import read_runs
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
+from tunesmith.tracking import metrics_file
 from tunesmith.tracking.events import Evaluated, Message, RunEnded, RunStarted
 from tunesmith.tracking.tracker import Tracker
 from tunesmith.trainable import counts, plan_trainable
@@ -98,6 +100,10 @@ def _train(
     engine_why: str,
 ) -> None:
     checkpoint = open_run_dir(engine, run_dir, how)
+    compared = recipe.tracking.compare_with
+    found = compared is None or (Path(compared) / metrics_file.NAME).is_file()
+    if not engine.broadcast(found if engine.rank == 0 else False):
+        raise UserError(f"tracking.compare_with: {compared} holds no run (no {metrics_file.NAME})")
     precision, why = choose(recipe.training.precision, engine.device)
     tracker = Tracker.build(recipe, run_dir) if engine.rank == 0 else Tracker([])
 
@@ -229,6 +235,11 @@ def _train(
             }
         )
         summary["next"] = what_next(run_dir)
+        # what a probe opens is a whole model of its own, on one rank; the others wait outside of any collective
+        if probes := probes_of(recipe.remember):
+            probed = probe_all(probes, run_dir) if engine.rank == 0 else {}
+            engine.wait_for_all("probes")
+            summary["probes"] = {name: found.as_json() for name, found in probed.items()}
         tracker.on(RunEnded("done", reason, state.progress.step, summary))
     except BaseException as error:
         tracker.on(RunEnded("stopped", str(error) or type(error).__name__, state.progress.step, {}))

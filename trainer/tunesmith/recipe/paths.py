@@ -19,8 +19,8 @@ from tunesmith.recipe.losses import Function
 from tunesmith.recipe.objective import Objective
 from tunesmith.recipe.remember import Remember
 from tunesmith.recipe.root import Recipe
-from tunesmith.recipe.tracking import Tracking
 from tunesmith.recipe.tasks import Task
+from tunesmith.recipe.tracking import Tracking
 
 _VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
 

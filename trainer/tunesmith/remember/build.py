@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from tunesmith.parts import StepPart, Strategies
 from tunesmith.recipe.remember import EWC, L2SP, Anchor
 from tunesmith.remember.anchored import Anchored, Interpolated, Strength
 from tunesmith.remember.importance import Importance, backbone_names, importance
+from tunesmith.remember.lwf import build_lwf
+from tunesmith.remember.probes import check_probes, probes_of
 from tunesmith.trainable.structure import Structure
 
 if TYPE_CHECKING:
@@ -38,7 +41,12 @@ def build(building: Building) -> Strategies:
         facts["fisher"] = {"rows": found.rows, "labels": settings.ewc.labels, "file": str(found.file)}
     if settings.wise_ft is not None:
         steps.append(Interpolated(settings.wise_ft.alpha, new))
-    return Strategies(steps=tuple(steps), facts={"remember": facts} if facts else {})
+    check_probes(probes_of(settings))
+    found = Strategies(steps=tuple(steps), facts={"remember": facts} if facts else {})
+    if settings.lwf is not None:
+        assert settings.run is not None
+        found |= build_lwf(building, settings.lwf, Path(settings.run))
+    return found
 
 
 def _l2_sp(settings: L2SP, model: nn.Module, new: frozenset[str]) -> Anchored:

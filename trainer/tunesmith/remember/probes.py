@@ -1,0 +1,147 @@
+"""What a model could do before, measured before and after: a finished run's own rows, objective and head, on the
+backbone that was trained since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.adapters.merge import merge
+from tunesmith.commands.finished import FinishedRun, open_run
+from tunesmith.data.prepare import Dataset, prepare
+from tunesmith.errors import UserError
+from tunesmith.evaluator import predict_rows
+from tunesmith.recipe.remember import Probe, Remember
+from tunesmith.tokenizer import tokenizer_hash
+from tunesmith.tracking.progress import track
+
+OLD_HEAD = "old"
+"""The folder in a run's that holds the old head, where it was trained along."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """The metrics of `rows` old rows by the weights that the old run ended with, and by those of this run."""
+
+    run: str
+    split: str
+    rows: int
+    before: dict[str, float]
+    after: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "split": self.split,
+            "rows": self.rows,
+            "before": self.before,
+            "after": self.after,
+        }
+
+
+def probes_of(settings: Remember | None) -> dict[str, Probe]:
+    """The probes of a recipe: those named, and the run that is to be remembered."""
+    if settings is None:
+        return {}
+    known = {probe.run for probe in settings.probes.values()}
+    own = {} if settings.run is None or settings.run in known else {"old": Probe(run=settings.run)}
+    return {**own, **settings.probes}
+
+
+def check_probes(probes: Mapping[str, Probe]) -> None:
+    """Raises UserError where a probe has nothing to be measured on, before the training rather than after it."""
+    from tunesmith.commands.finished import describe_run, weights_folder
+
+    for name, probe in probes.items():
+        key = f"remember.probes.{name}"
+        try:
+            weights_folder(Path(probe.run))
+            described = describe_run(Path(probe.run))
+            split_of(described.recipe.data, probe.split)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+
+
+def split_of(data: Any, asked: Literal["eval", "test"] | None) -> Literal["eval", "test"]:
+    from tunesmith.data.prepare import has_split
+
+    there: list[Literal["eval", "test"]] = [name for name in ("test", "eval") if has_split(data, name)]
+    if asked is not None and asked not in there:
+        raise UserError(f"the run has no {asked} rows")
+    if not there:
+        raise UserError("the run has neither eval nor test rows")
+    return asked or there[0]
+
+
+def probe_all(probes: Mapping[str, Probe], run_dir: Path) -> dict[str, Probed]:
+    """Each probe before and after the run in `run_dir`, whose final/ is written. On one process."""
+    if not probes:
+        return {}
+    trained = backbone_state(run_dir)
+    return {name: _probe(name, probe, run_dir, trained) for name, probe in probes.items()}
+
+
+def backbone_state(run_dir: Path) -> dict[str, Tensor]:
+    """The backbone of final/, adapters merged into it: on the CPU."""
+    run = open_run(run_dir)
+    model: nn.Module = run.model
+    if run.recipe.trainable.adapters:
+        model = merge(model)
+    base: nn.Module = getattr(model, "base_model", model)
+    found = {name: value.detach().cpu() for name, value in base.state_dict().items()}
+    run.engine.close()
+    return found
+
+
+def _probe(name: str, probe: Probe, run_dir: Path, trained: Mapping[str, Tensor]) -> Probed:
+    run = open_run(Path(probe.run))
+    split = split_of(run.recipe.data, probe.split)
+    datasets = prepare(run.recipe.data, run.run_dir, run.objective, tokenizer_hash(run.tokenizer))
+    dataset = datasets[split]
+    rows = min(len(dataset), probe.limit or len(dataset))
+    before = _metrics(run, dataset, rows, f"probe {name}, before")
+    _put(name, run.model, trained, run_dir / OLD_HEAD)
+    after = _metrics(run, dataset, rows, f"probe {name}, after")
+    run.engine.close()
+    return Probed(probe.run, split, rows, before, after)
+
+
+@torch.no_grad()
+def _put(name: str, model: nn.Module, trained: Mapping[str, Tensor], head: Path) -> None:
+    """The trained backbone under the old head, or under the old head as it was trained along."""
+    base: nn.Module = getattr(model, "base_model", model)
+    own = base.state_dict()
+    wrong = [key for key, value in own.items() if key not in trained or trained[key].shape != value.shape]
+    if wrong:
+        raise UserError(
+            f"remember.probes.{name}: its backbone is another one than that of this run ({', '.join(wrong[:3])})"
+        )
+    base.load_state_dict({key: trained[key] for key in own})
+    if head.is_dir():
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(head / "head.safetensors"), strict=False)
+
+
+def _metrics(run: FinishedRun, dataset: Dataset, rows: int, what: str) -> dict[str, float]:
+    per_device = run.recipe.evaluation.per_device_eval_batch_size
+    bar = iter(track(iter(range(rows)), what))
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            next(bar, None)
+
+    sums, units, predictions = predict_rows(
+        run.engine, run.objective, dataset, range(rows), per_device, run.recipe.training.seed, advance
+    )
+    weights = torch.tensor([term.weight for term in run.objective.terms], dtype=torch.float64)
+    loss = float((weights.to(sums.device) * (sums / units.clamp(min=1))).sum())
+    found = {"loss": loss} | run.objective.loss_metrics(loss)
+    if predictions:
+        found |= run.objective.score(dataset.table, range(rows), predictions).metrics
+    return found
