@@ -5,6 +5,7 @@ The unit is a row; several labels or numbers are averaged within it."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -187,11 +188,10 @@ class ClassificationObjective(Objective):
         if self.problem == "regression":
             return overrides | {"num_labels": self.width}
         if isinstance(self.settings.loss, Ordinal) and self.settings.loss.method == "corn":
-            beyond = [f"beyond {name}" for name in self.labels[:-1]]
+            questions = [f"beyond {low}, at least {high}" for low, high in pairwise(self.labels)]
             return overrides | {
-                "id2label": dict(enumerate(beyond)),
-                "label2id": {name: i for i, name in enumerate(beyond)},
-                "ordinal_labels": self.labels,
+                "id2label": dict(enumerate(questions)),
+                "label2id": {name: i for i, name in enumerate(questions)},
             }
         return overrides | {"id2label": dict(enumerate(self.labels)), "label2id": dict(self._ids)}
 

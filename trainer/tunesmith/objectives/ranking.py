@@ -60,12 +60,12 @@ class RankingObjective(ClassificationObjective):
     def encode_all(self, examples: Iterator[Example]) -> Iterator[tuple[Example, Encoded | Dropped]]:
         """Groups in the order of their first rows; a row without a group is a list by itself, to be predicted. A list
         whose rows are all equally relevant has no order to learn."""
-        groups: dict[object, list[Example]] = {}
+        groups: dict[object, list[Labelled]] = {}
         for number, example in enumerate(examples):
             assert isinstance(example, Labelled)
             groups.setdefault(number if example.group is None else example.group, []).append(example)
         for members in groups.values():
-            kept: list[tuple[Example, Encoded]] = []
+            kept: list[tuple[Labelled, Encoded]] = []
             for example in members:
                 for row in self.encode(example):
                     if isinstance(row, Dropped):
@@ -77,7 +77,8 @@ class RankingObjective(ClassificationObjective):
             relevance = [float(n) for _, row in kept for n in row["numbers"]]
             if relevance and len(relevance) < len(kept):
                 raise DataError("a list with and without numbers", kept[0][0].place, "label")
-            if relevance and min(relevance) == max(relevance):
+            ordered = kept[0][0].group is not None  # not a text to be predicted
+            if ordered and relevance and min(relevance) == max(relevance):
                 yield kept[0][0], Dropped("a list whose rows are all equally relevant")
                 continue
             yield kept[0][0], _joined([row for _, row in kept], relevance)
