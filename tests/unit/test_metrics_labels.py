@@ -47,6 +47,10 @@ def test_single_label_agrees_with_scikit_learn(seed: int) -> None:
         "weighted_f1": f("f1", "weighted"),
         "macro_precision": f("precision", "macro"),
         "macro_recall": f("recall", "macro"),
+        # every class of the references, answered or not
+        "balanced_accuracy": sk.recall_score(
+            references, predictions, labels=np.unique(references), average="macro", zero_division=0
+        ),
         "mcc": sk.matthews_corrcoef(references, predictions),
     }
     assert ours == pytest.approx(theirs, abs=1e-12)
@@ -138,12 +142,18 @@ def test_multi_label_agrees_with_scikit_learn(seed: int) -> None:
         function = {"f1": sk.f1_score, "precision": sk.precision_score, "recall": sk.recall_score}[name]
         return function(references, predictions, average=average, zero_division=0)
 
-    theirs = {
+    theirs: dict[str, Any] = {
         f"{average}_{name}": f(name, average)
         for average in ("micro", "macro")
         for name in ("f1", "precision", "recall")
     }
     theirs["subset_accuracy"] = sk.accuracy_score(references, predictions)
+    for name, score in (
+        ("balanced_accuracy", sk.balanced_accuracy_score),
+        ("mcc", sk.matthews_corrcoef),
+    ):
+        told_apart = [i for i in range(references.shape[1]) if len(np.unique(references[:, i])) == 2]
+        theirs[name] = np.mean([score(references[:, i], predictions[:, i]) for i in told_apart])
     theirs["hamming_loss"] = sk.hamming_loss(references, predictions)
     assert ours == pytest.approx(theirs, abs=1e-12)
     assert all(0 < value < 1 for value in ours.values())

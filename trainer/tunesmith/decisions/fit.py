@@ -21,9 +21,8 @@ from tunesmith.evaluator import predict_rows
 from tunesmith.objectives import Objective
 from tunesmith.objectives.classification import ClassificationObjective
 from tunesmith.recipe.evaluation import Evaluation
-from tunesmith.tracking.report import plain
+from tunesmith.tracking.report import DECIDED, plain
 
-NAME = "decisions.json"
 _OF_MANY = ("macro_f1", "balanced_accuracy", "accuracy")
 
 
@@ -142,6 +141,6 @@ def write(run_dir: Path, objective: Objective, decided: Decided) -> None:
     state = json.dumps(objective.state(), ensure_ascii=False)
     (run_dir / "objective.json").write_text(state, encoding="utf-8")
     about = plain(decided.facts() | {"tables": decided.tables})
-    (run_dir / NAME).write_text(
+    (run_dir / DECIDED).write_text(
         json.dumps(about, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )

@@ -1,5 +1,5 @@
 """report.html: one file that shows a run, without a request to anywhere. Made of what the run's folder holds:
-metrics.jsonl, environment.json, recipe.yaml, report.json and exit.json, each of which may be missing but the first."""
+metrics.jsonl, environment.json, recipe.yaml, report.json, decisions.json, exit.json; only the first must be there."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tunesmith.tracking.report_sections import Run, body
 from tunesmith.tracking.text import redacted
 
 NAME, DATA = "report.html", "report.json"
+DECIDED = "decisions.json"
 EVERY_SECONDS = 60.0  # between two reports of a run that goes on,
 EVERY_COSTS = 50.0  # and so many times what the last one took: 100,000 rows take some seconds
 
@@ -93,7 +94,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _collect(run_dir: Path, rows: list[dict[str, Any]]) -> Run:
+def _collect(run_dir: Path, rows: list[dict[str, Any]], *, compares: bool = True) -> Run:
     data = _json(run_dir / DATA)
     recipe, text = _recipe(run_dir / "recipe.yaml")
     status, reason = data.get("status", "unknown"), data.get("reason", "")
@@ -115,7 +116,17 @@ def _collect(run_dir: Path, rows: list[dict[str, Any]]) -> Run:
         recipe=recipe,
         recipe_text=text,
         environment=redacted(_json(run_dir / "environment.json")),
+        decided=_json(run_dir / DECIDED),
+        beside=_beside(recipe) if compares else None,
     )
+
+
+def _beside(recipe: dict[str, Any]) -> Run | None:
+    """The run of `tracking.compare_with`; None where there is none, or none any more."""
+    other = (recipe.get("tracking") or {}).get("compare_with")
+    if other is None or not (metrics := Path(other) / metrics_file.NAME).is_file():
+        return None
+    return _collect(Path(other), metrics_file.read(metrics), compares=False)
 
 
 def _recipe(path: Path) -> tuple[dict[str, Any], str]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from tunesmith.tracking.report_charts import Point, Series, confusion_chart, line_chart, smooth
+from tunesmith.tracking.report_charts import Point, Series, line_chart, smooth
 from tunesmith.tracking.report_facts import memory, what_ran
-from tunesmith.tracking.report_html import fact, html_table, panel, samples, score
+from tunesmith.tracking.report_html import html_table, panel, score
+from tunesmith.tracking.report_scores import decisions, split_tables
 from tunesmith.tracking.text import duration, number, size
 
-MAX_CLASSES = 100  # of a confusion matrix that is drawn; beyond, its most frequent confusions are listed
 MAX_ROWS = 200  # of the evaluation table
 WIDE, NARROW = 1080, 520  # px
 Row = dict[str, Any]
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run's folder says. `tables`: split → (step, tables of the last evaluation)."""
+    """What a run's folder says. `tables`: split → (step, tables of the last evaluation); `decided`: decisions.json."""
 
     name: str
     status: str
@@ -32,6 +32,8 @@ class Run:
     recipe: Mapping[str, Any]
     recipe_text: str
     environment: Mapping[str, Any]
+    decided: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    beside: Run | None = None  # the run that the recipe wants this one compared with
 
     @property
     def training(self) -> list[Row]:
@@ -50,7 +52,12 @@ class Run:
 def body(run: Run) -> str:
     """All sections; one without content is left out."""
     sections = [_header(run), _cards(run), _results(run), _curves(run), _evaluations(run)]
-    sections += [_tables(split, *found) for split, found in run.tables.items()]
+    other = run.beside
+    their_name, theirs = ("", {}) if other is None else (other.name, other.decided)
+    sections.append(decisions(run.decided, theirs, their_name))
+    for split, (step, tables) in run.tables.items():
+        beside = {} if other is None else other.tables.get(split, (0, {}))[1]
+        sections.append(split_tables(split, step, tables, beside, their_name))
     sections += [
         memory(run.environment, run.training),
         what_ran(run.environment),
@@ -134,11 +141,21 @@ def _results(run: Run) -> str:
             columns.append((f"eval, best (step {run.best['step']:,})", best))
         last = {name: rows[-1].get(f"{split}_{name}") for name in names}
         columns.append((f"{split}, step {rows[-1]['step']:,}" if split == "eval" else "test", last))
+        if run.beside is not None and (theirs := _last(run.beside, split)) is not None:
+            values = {name: theirs.get(f"{split}_{name}") for name in names}
+            columns.append((f"{split}, {run.beside.name}", values))
     names = list(dict.fromkeys([*_metrics(tests, "test"), *_metrics(evaluations, "eval")]))
     if not names:
         return ""
     rows = [[name, *(column.get(name) for _, column in columns)] for name in names]
     return panel("Results", html_table(["metric", *(title for title, _ in columns)], rows))
+
+
+def _last(run: Run, split: str) -> Row | None:
+    """The evaluation of the weights of final/, where the run says which that is, else the last."""
+    rows = run.evaluations(split)
+    best = run.best if split == "eval" else None
+    return best or (rows[-1] if rows else None)
 
 
 def _curves(run: Run) -> str:
@@ -230,53 +247,6 @@ def _evaluations(run: Run) -> str:
     return panel(
         "Evaluations", f'<div class="scroll">{html_table(["step", "epoch", *names], cells, best)}</div>{note}'
     )
-
-
-def _tables(split: str, step: int, tables: Mapping[str, Any]) -> str:
-    parts: list[str] = []
-    for name, table in tables.items():
-        match table:
-            case {"classes": list() as classes, "confusion": list() as counts}:
-                parts += [*_confusion([c["name"] for c in classes], counts), _classes(name, classes)]
-            case [{"precision": _, "recall": _}, *_]:
-                parts.append(_classes(name, table))
-            case [{"generated": _}, *_]:
-                parts.append(samples(table))
-            case _:
-                parts.append(f"<details><summary>{escape(name)}</summary>{fact(table)}</details>")
-    panels = "".join(f'<div class="panel">{part}</div>' for part in parts if part)
-    return (
-        f'<h2>{escape(split)} at step {step:,}, in detail</h2><div class="stack">{panels}</div>'
-        if panels
-        else ""
-    )
-
-
-def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Iterator[str]:
-    if len(names) <= MAX_CLASSES and any(map(any, counts)):
-        note = '<p class="note">Rows: the reference; columns: the prediction; the shade is the share of the row.</p>'
-        yield f"<h3>Confusion matrix</h3>{note}{confusion_chart(names, counts)}"
-    wrong = [
-        (count, names[i], names[j], sum(row))
-        for i, row in enumerate(counts)
-        for j, count in enumerate(row)
-        if i != j and count
-    ]
-    top = sorted(wrong, key=lambda item: -item[0])[:10]
-    if top and len(names) > 2:
-        rows = [[given, predicted, count, count / total] for count, given, predicted, total in top]
-        head = ["reference", "predicted as", "rows", "share of the reference"]
-        yield f"<h3>Most frequent confusions</h3>{html_table(head, rows)}"
-
-
-def _classes(name: str, classes: Sequence[Mapping[str, Any]]) -> str:
-    head = list(classes[0])
-    rows = [[c.get(key) for key in head] for c in classes]
-    table = (
-        f'<div class="scroll">{html_table(head, rows, bar=head.index("f1") if "f1" in head else None)}</div>'
-    )
-    opened = " open" if len(classes) <= 30 else ""
-    return f"<details{opened}><summary>Per class: {escape(name)} ({len(classes)})</summary>{table}</details>"
 
 
 def _recipe(run: Run) -> str:
