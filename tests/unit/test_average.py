@@ -198,7 +198,7 @@ def test_what_does_not_go_together_is_refused_by_name(
     for given, asked, said in (
         ([a], Asked("uniform"), "takes 2 or more, 1 given"),
         ([a, a], Asked("uniform"), "named twice"),
-        ([a, str(trained("regression"))], Asked("uniform"), "its problem are not those of"),
+        ([a, str(trained("regression"))], Asked("uniform"), "its labels are not those of"),
         ([a, turned], Asked("uniform"), "its labels are not those of"),
         ([a, str(trained("causal_lm"))], Asked("uniform"), "objective causal_lm is not classification"),
         ([a, lora], Asked("uniform"), "one trained adapters"),

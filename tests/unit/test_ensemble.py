@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests.unit.conftest import MakeRecipe, Trained
 from tunesmith.commands import ensemble as module
+from tunesmith.commands.average import average
 from tunesmith.commands.ensemble import (
     checkpoints_of,
     ensemble_rows,
@@ -23,6 +24,7 @@ from tunesmith.commands.ensemble import (
 )
 from tunesmith.commands.evaluate import evaluate_run
 from tunesmith.commands.finished import Weights, open_run
+from tunesmith.ensemble.options import Asked
 from tunesmith.ensemble.record import read_ensemble
 from tunesmith.errors import UserError
 from tunesmith.recipe.load import load_recipe, shipped_recipes
@@ -196,7 +198,7 @@ def test_labels_in_another_order_are_put_in_order(
 
 def test_what_cannot_be_combined_is_refused_by_name(pair: Pair, trained: Trained, tmp_path: Path) -> None:
     single = pair("single_label")
-    with pytest.raises(UserError, match=r"sft cannot be combined.*tunesmith average"):
+    with pytest.raises(UserError, match=r"objective sft cannot be combined.*tunesmith average"):
         make_ensemble([Weights(trained("sft")), *single], "mean", tmp_path / "e")
     with pytest.raises(UserError, match="its answers are numbers"):
         make_ensemble([single[0], Weights(trained("regression"))], "mean", tmp_path / "e")
@@ -288,3 +290,36 @@ def test_snapshots_are_taken_where_each_cycle_is_lowest(
     members = checkpoints_of(workshop / "runs" / "snapshots", "all")
     assert [member.checkpoint for member in members] == [1, 2, 3, 4]
     assert len(make_ensemble(members, "mean", tmp_path / "e").table) == 4 + 3
+
+
+def test_temperatures_of_members_count_and_their_thresholds_do_not(
+    workshop: Path, pair: Pair, tmp_path: Path
+) -> None:
+    members: list[Weights] = []
+    decided: list[dict[str, Any]] = [{"temperature": 0.25}, {"offsets": [9.0, 0.0, 0.0, 0.0]}]
+    for member, decisions in zip(pair("single_label"), decided, strict=True):
+        folder = tmp_path / member.run_dir.name
+        shutil.copytree(member.run_dir, folder)
+        state = json.loads((folder / "objective.json").read_text(encoding="utf-8"))
+        (folder / "objective.json").write_text(json.dumps(state | {"decisions": decisions}), encoding="utf-8")
+        members.append(Weights(folder))
+    plain = make_ensemble(pair("single_label"), "mean", tmp_path / "plain")
+    found = make_ensemble(members, "mean", tmp_path / "e")
+    assert found.table[0]["loss"] != pytest.approx(plain.table[0]["loss"], abs=1e-4)
+    assert found.table[0]["accuracy"] == plain.table[0]["accuracy"]
+    assert found.table[1]["accuracy"] == plain.table[1]["accuracy"]
+    assert found.table[1]["loss"] == pytest.approx(plain.table[1]["loss"])
+    made = average([str(m.run_dir) for m in members], Asked("uniform"), tmp_path / "soup")
+    assert "thresholds and temperatures of the members were left out" in made.note
+    assert "decisions" not in json.loads((tmp_path / "soup" / "objective.json").read_text(encoding="utf-8"))
+
+
+def test_lists_are_refused(pair: Pair, tmp_path: Path) -> None:
+    from tunesmith.commands.finished import describe_run
+    from tunesmith.ensemble.members import kind_of
+    from tunesmith.objectives.ranking import RankingObjective
+
+    described = describe_run(pair("regression")[0].run_dir)
+    described.objective.__class__ = RankingObjective
+    with pytest.raises(UserError, match="ranks lists"):
+        kind_of(described)

@@ -132,7 +132,7 @@ def test_a_strong_penalty_leaves_where_it_starts(how: fit.Fit) -> None:
     generator = draw(5)
     x, y = generator.normal(size=(40, 4)), np.eye(2)[generator.integers(0, 2, 40)]
     start = generator.normal(size=(4, 2))
-    assert how(x, y, start, 1e9).weight == pytest.approx(start, abs=1e-5)
+    assert how(x, y, start, 1e9, 100).weight == pytest.approx(start, abs=1e-5)
 
 
 def test_folds_are_even_and_a_function_of_the_seed() -> None:

@@ -25,6 +25,7 @@ from tunesmith.ensemble.soup import (
     gather,
     interpolate,
     merge_files,
+    tuned,
     write_run,
 )
 from tunesmith.ensemble.task_vectors import Merge
@@ -76,7 +77,12 @@ def average(given: Sequence[str], asked: Asked, out: Path | None) -> Averaged:
             shutil.rmtree(out, ignore_errors=True)
             made.rename(out)
             write_run(found, out, kitchen.about(result.how))
-    return Averaged(out, result.how, result.table, result.note)
+    notes = [result.note] if result.note else []
+    if any(tuned(describe_run(member.run_dir)) for member in found.members):
+        notes.append(
+            "thresholds and temperatures of the members were left out: they are not those of other weights"
+        )
+    return Averaged(out, result.how, result.table, "\n".join(notes))
 
 
 def _parent(out: Path) -> Path:

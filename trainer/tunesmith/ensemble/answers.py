@@ -17,6 +17,7 @@ from tunesmith.data.adhoc import Encoding
 from tunesmith.data.examples import Example
 from tunesmith.data.table import Table
 from tunesmith.errors import Place
+from tunesmith.objectives.classification import ClassificationObjective
 from tunesmith.objectives.question_answering import QuestionAnsweringObjective
 from tunesmith.objectives.token_classification import TokenClassificationObjective
 
@@ -101,8 +102,16 @@ def per_example(objective: Any, encoding: Encoding, predictions: Sequence[Any]) 
         elif isinstance(objective, TokenClassificationObjective):
             values.append(word_probabilities(table, rows[0], np.asarray(predictions[rows[0]], np.float64)))
         else:
-            values.append(np.asarray(predictions[rows[0]], np.float64))
+            values.append(_calibrated(objective, np.asarray(predictions[rows[0]], np.float64)))
     return Answers(tuple(values), encoding.dropped, encoding.truncated)
+
+
+def _calibrated(objective: Any, probabilities: Floats) -> Floats:
+    """At the temperature that the run found on its eval rows; numbers, and where there is none, as they are."""
+    if not isinstance(objective, ClassificationObjective) or objective.problem == "regression":
+        return probabilities
+    exclusive = objective.problem == "single_label"
+    return objective.decisions.calibrated(probabilities[None], exclusive=exclusive)[0]
 
 
 def in_the_order_of(answers: Answers, own: Sequence[str], wanted: Sequence[str]) -> Answers:

@@ -31,8 +31,8 @@ class Combiner:
     stack: Linear | None = None
 
     def __call__(self, given: Sequence[Answer]) -> Answer:
-        """One example's answers, one per member. Of a vote the shares of the votes, plus at most 1e-6 that decides
-        ties by the mean probability. A word that a member did not see is answered by the others."""
+        """One example's answers, one per member. Of a vote the shares of the votes, mixed with a millionth of
+        the mean probabilities, which decides ties. A word that a member did not see is answered by the others."""
         if self.kind == "spans":
             return self._spans([value for value in given if isinstance(value, dict)])
         values = np.stack(
@@ -58,8 +58,7 @@ class Combiner:
             np.put_along_axis(ballots, best[..., None], 1.0, -1)
         ballots[~seen] = np.nan
         mean = _weighted(values, np.ones(len(values)))
-        middle = 0.5 if self.kind == "multi_label" else 0.0
-        return _weighted(ballots, np.ones(len(values))) + _TIE * (mean - middle)
+        return (1 - _TIE) * _weighted(ballots, np.ones(len(values))) + _TIE * mean
 
     def _stacked(self, values: Floats) -> Floats:
         assert self.stack is not None
@@ -80,7 +79,7 @@ class Combiner:
         if self.method != "vote":
             return mean
         votes = Counter(best_span(spans) for spans in given)
-        return {text: votes[text] / len(given) + _TIE * mean[text] for text in mean}
+        return {text: (1 - _TIE) * votes[text] / len(given) + _TIE * mean[text] for text in mean}
 
 
 def best_span(spans: Spans) -> str:

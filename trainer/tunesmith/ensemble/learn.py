@@ -60,7 +60,7 @@ def _stack(truth: Truth, given: Mapping[int, Given], seed: int) -> fit.Linear:
     def loss(outputs: Floats, targets: Floats) -> float:
         return _loss(truth.kind, outputs, targets)
 
-    return how(x, y, start, fit.choose_strength(x, y, start, how, loss, seed))
+    return how(x, y, start, fit.choose_strength(x, y, start, how, loss, seed), fit.EXACT)
 
 
 def _rows(values: Floats) -> Floats:

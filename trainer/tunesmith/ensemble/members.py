@@ -14,6 +14,7 @@ from tunesmith.data.adhoc import encode_examples
 from tunesmith.data.examples import Example
 from tunesmith.data.formats import FormatCounts
 from tunesmith.data.prepare import has_split, split_examples
+from tunesmith.decisions import UNDECIDED
 from tunesmith.ensemble.answers import (
     Answers,
     digest_of,
@@ -26,6 +27,7 @@ from tunesmith.errors import UserError
 from tunesmith.evaluator import predict_rows
 from tunesmith.objectives.classification import ClassificationObjective
 from tunesmith.objectives.question_answering import QuestionAnsweringObjective
+from tunesmith.objectives.ranking import RankingObjective
 from tunesmith.objectives.token_classification import TokenClassificationObjective
 
 Kind = Literal["single_label", "multi_label", "regression", "tags", "spans"]
@@ -35,6 +37,11 @@ def kind_of(described: Described) -> Kind:
     """What the run's answers are. Raises UserError for a run whose answers cannot be combined."""
     objective = described.objective
     match objective:
+        case RankingObjective():
+            raise UserError(
+                f"{described.run_dir}: ranks lists: the scores of two runs have no scale in common, so that neither "
+                "votes nor means of them say anything; average the weights with tunesmith average instead"
+            )
         case ClassificationObjective():
             assert objective.problem is not None
             return objective.problem
@@ -44,10 +51,15 @@ def kind_of(described: Described) -> Kind:
             return "spans"
         case _:
             raise UserError(
-                f"{described.run_dir}: objective {described.recipe.objective.type} cannot be combined: its answers are "
-                "texts of any length, over which no vote or mean is defined, and its members' token distributions "
-                "belong to different prefixes and vocabularies; average the weights with tunesmith average instead"
+                f"{described.run_dir}: objective {objective_name(described)} cannot be combined: its answers are not "
+                "a fixed set of classes or spans but texts of any length, or those of several tasks, over which no "
+                "vote or mean is defined; average the weights with tunesmith average instead"
             )
+
+
+def objective_name(described: Described) -> str:
+    """What the recipe calls the objective."""
+    return getattr(described.recipe.objective, "type", None) or type(described.objective).__name__
 
 
 def labels_of(described: Described) -> list[str]:
@@ -64,7 +76,7 @@ def describe_members(members: Sequence[Weights]) -> list[Described]:
     for number, member in enumerate(members):
         if member in members[:number]:
             raise UserError(f"{member} is named twice")
-    every = [describe_run(member.run_dir) for member in members]
+    every = [undecided(describe_run(member.run_dir)) for member in members]
     lead, kind = every[0], kind_of(every[0])
     for one in every[1:]:
         if (found := kind_of(one)) != kind:
@@ -78,6 +90,13 @@ def describe_members(members: Sequence[Weights]) -> list[Described]:
         if kind == "regression" and _width(one) != _width(lead):
             raise UserError(f"{one.run_dir}: gives {_width(one)} numbers, {lead.run_dir} {_width(lead)}")
     return every
+
+
+def undecided(described: Described) -> Described:
+    """Without the thresholds that were tuned on one run's probabilities: they are not the ensemble's."""
+    if isinstance(described.objective, ClassificationObjective):
+        described.objective.decisions = UNDECIDED
+    return described
 
 
 def _words(kind: Kind) -> str:

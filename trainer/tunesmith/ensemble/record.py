@@ -14,7 +14,7 @@ import numpy as np
 from tunesmith.commands.finished import Described, Weights, describe_run
 from tunesmith.ensemble.combine import Combiner
 from tunesmith.ensemble.fit import Linear
-from tunesmith.ensemble.members import member_digest
+from tunesmith.ensemble.members import member_digest, undecided
 from tunesmith.environment import versions
 from tunesmith.errors import UserError
 
@@ -110,7 +110,9 @@ def read_ensemble(folder: Path) -> Ensemble:
     for member, digest in zip(members, digests, strict=True):
         if member_digest(member) != digest:
             raise UserError(f"{member} is not what it was when {folder} was made: make the ensemble again")
-    return Ensemble(folder, members, digests, describe_run(members[0].run_dir), labels, combiner, folds)
+    return Ensemble(
+        folder, members, digests, undecided(describe_run(members[0].run_dir)), labels, combiner, folds
+    )
 
 
 def _member(folder: Path, one: dict[str, Any]) -> Weights:

@@ -22,6 +22,7 @@ from tunesmith.commands.finished import (
     read_recipe,
     weights_folder,
 )
+from tunesmith.ensemble.members import objective_name
 from tunesmith.ensemble.task_vectors import Merge, merge, weighted_sum
 from tunesmith.ensemble.weight_files import WeightFiles, refuse_other_layout, write_like
 from tunesmith.environment import versions
@@ -32,6 +33,7 @@ from tunesmith.recipe.adapters import Existing
 from tunesmith.recipe.load import dump_recipe
 from tunesmith.recipe.paths import resolve_paths
 
+_TOLD = {"counts", "rows", "soft", "decisions"}
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache"}
 
 
@@ -68,12 +70,12 @@ def gather(members: Sequence[Weights], scratch: Path) -> Ingredients:
 
 def _check_alike(lead: Described, one: Described) -> None:
     a, b = lead.recipe, one.recipe
-    if a.objective.type != b.objective.type:
+    if objective_name(lead) != objective_name(one):
         raise UserError(
-            f"{one.run_dir}: objective {b.objective.type} is not {a.objective.type} of {lead.run_dir}"
+            f"{one.run_dir}: objective {objective_name(one)} is not {objective_name(lead)} of {lead.run_dir}"
         )
-    ours, theirs = (described.objective.state() for described in (lead, one))
-    for key in ("problem", "labels", "width"):
+    ours, theirs = (_meaning(described.objective.state()) for described in (lead, one))
+    for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             raise UserError(
                 f"{one.run_dir}: its {key} are not those of {lead.run_dir}, in the same order: the outputs of the two "
@@ -87,6 +89,20 @@ def _check_alike(lead: Described, one: Described) -> None:
         )
     if a.trainable.adapters and _base_of(a) != _base_of(b):
         raise UserError(f"{one.run_dir}: its adapter is of the base {_base_of(b)[0]}, not {_base_of(a)[0]}")
+
+
+def _meaning(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What an objective learnt of the labels, without what says how many rows there were, and what was tuned."""
+    return {
+        key: _meaning(value) if isinstance(value, Mapping) else value
+        for key, value in state.items()
+        if key not in _TOLD
+    }
+
+
+def tuned(described: Described) -> bool:
+    """Whether a temperature or thresholds were fitted to the run's probabilities."""
+    return "decisions" in described.objective.state()
 
 
 def _base_of(recipe: Any) -> tuple[str | None, Any]:
@@ -196,7 +212,8 @@ def base_files(lead: Described, base: str | None, scratch: Path) -> Base:
         changes["model_name_or_path"] = base
     elif recipe.model.init == "from_config":
         raise UserError(f"{lead.run_dir} began with random weights: there is no base; name one with --base")
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
+    sections = {"model": recipe.model.model_copy(update=changes), "distill": None}
+    recipe = recipe.model_copy(update=sections)
     quiet_libraries()
     built = assemble(recipe, lead.run_dir, lead.objective, lead.tokenizer, torch.device("cpu"))
     built.fill(torch.device("cpu"))
@@ -264,7 +281,9 @@ def write_run(found: Ingredients, folder: Path, about: Mapping[str, Any]) -> Non
         changes["trainable"] = recipe.trainable.model_copy(update={"adapters": [adapter]})
     recipe = recipe.model_copy(update=changes)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    shutil.copyfile(found.lead.run_dir / "objective.json", folder / "objective.json")
+    state = json.loads((found.lead.run_dir / "objective.json").read_text(encoding="utf-8"))
+    state.pop("decisions", None)  # they were fitted to the probabilities of other weights
+    (folder / "objective.json").write_text(json.dumps(state, ensure_ascii=False) + "\n", encoding="utf-8")
     made = {"versions": versions(), "facts": {}, "made_of": dict(about)}
     text = json.dumps(made, indent=1, ensure_ascii=False, default=str)
     (folder / "environment.json").write_text(text + "\n", encoding="utf-8")
