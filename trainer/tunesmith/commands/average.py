@@ -34,7 +34,7 @@ from tunesmith.run import best_metric
 from tunesmith.tracking.progress import track
 
 Row = dict[str, Any]
-_SHOWN = 5  # metrics in a table
+_SHOWN = 4  # metrics in a table
 _NAME = "on eval"
 
 
