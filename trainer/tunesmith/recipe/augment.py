@@ -90,7 +90,7 @@ class BackTranslation(_Operation):
     type: Literal["back_translation"]
     model: str
     back_model: str | None = None
-    prefixes: tuple[str, str] = ("", "")
+    prefixes: Annotated[tuple[str, str], Field(strict=False)] = ("", "")
     num_variants: Positive = 2
     num_beams: Positive = 4
     max_new_tokens: Positive = 256

@@ -63,8 +63,16 @@ _OURS = {
     "data.packing": "sample_packing neat_packing packed pack_dataset use_packing eval_sample_packing",
     "data.truncation": "truncation_strategy truncation_mode truncation_side excess_length_strategy",
     "data.group_by_length": "train_sampling_strategy length_grouping length_grouped",
+    "data.sampling: {type: balanced}": """balanced_sampling class_balanced_sampling weighted_random_sampler
+        weighted_sampler imbalanced_sampler balance_classes""",
+    "data.sampling: {type: oversample}": "oversampling random_oversampling minority_oversampling",
+    "data.sampling: {type: undersample}": "undersampling random_undersampling",
+    "data.curriculum: {by: length}": "curriculum_learning curriculum_sampling curriculum_type",
+    "data.max_length_schedule": "sequence_length_warmup seqlen_warmup seq_len_schedule",
     "data.shuffle": """shuffle_dataset dataset_shuffle train_dataloader_shuffle disable_shuffling
         shuffle_merged_datasets""",
+    "data.augment: [{type: token_drop, fraction: 0.1}]": "augmentation augmentations data_augmentation .augment",
+    "data.augment: [{type: mixup, alpha: 0.2}]": "mixup mixup_alpha",
     "data.cache_dir": "dataset_prepared_path tokenized_path dataset_cache_dir preprocessed_path",
     "data.train.path": "data.train.file data.train.file_name data.train.dataset data.train.url",
     "data.train.format": "data.train.type data.train.formatting prompt_strategy dataset_format dataset_type",
@@ -207,6 +215,8 @@ _OURS = {
     "parallel.offload": "fsdp_offload_params cpu_offload offload_params",
     "kernels: auto": """use_liger_kernel enable_liger_kernel use_liger liger_kernel liger_rope liger_rms_norm
         liger_cross_entropy liger_fused_linear_cross_entropy use_unsloth use_triton use_kernels""",
+    "evaluation.tune_thresholds: {metric: macro_f1}": "threshold_tuning optimize_threshold tune_threshold",
+    "evaluation.calibrate: temperature": "temperature_scaling calibration calibrate_temperature",
     "evaluation.eval_steps": """eval_strategy evaluation_strategy evals_per_epoch eval_freq eval_every
         eval_interval eval_every_n_steps validation_steps val_check_interval run_val_every_n_steps""",
     "evaluation.per_device_eval_batch_size": """eval_batch_size per_gpu_eval_batch_size val_batch_size
@@ -275,9 +285,9 @@ _NOTES = {
         "trainable.unfreeze.at trainable.unfreeze.parameters",
     "stands alone, in no list: write unfreeze: {every: …}": "trainable.unfreeze.every",
     _ABSENT: """streaming push_to_hub hub_model_id hub_strategy auto_find_batch_size tf32 fp8
-        pipeline_parallel_size ema model_ema mixup
+        pipeline_parallel_size ema model_ema
         galore_rank use_galore use_badam lisa_n_layers lisa_step_interval lisa_layers_attribute
-        lisa_activated_layers lisa_interval_steps curriculum_sampling""",
+        lisa_activated_layers lisa_interval_steps""",
     _NEEDLESS: """dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers
         dataloader_pin_memory dataloader_prefetch_factor dataloader_drop_last num_workers plot_loss
         include_tokens_per_second include_num_input_tokens_seen logging_first_step logging_nan_inf_filter

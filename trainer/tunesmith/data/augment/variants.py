@@ -198,9 +198,14 @@ class _Translator:
             max_new_tokens=self.asked.max_new_tokens,
             do_sample=False,
         )
-        ends = (out[:, 1:] == self.tokenizer.eos_token_id).any(1).tolist()
+        ends = self.ends(out[:, 1:], self.tokenizer.eos_token_id)
         read = self.tokenizer.batch_decode(out, skip_special_tokens=True)
         for place, i in enumerate(fits):
             rows = range(place * times, (place + 1) * times)
             found[i] = [read[row].strip() for row in rows if ends[row] and read[row].strip()]
         return found
+
+    @staticmethod
+    def ends(out: torch.Tensor, eos: int) -> list[bool]:
+        """Which of the texts [texts, tokens] have an end."""
+        return (out == eos).any(1).tolist()
