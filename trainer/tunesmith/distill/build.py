@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.distill.answers import kind_of
 from tunesmith.distill.divergence import Divergence
 from tunesmith.distill.layers import (
     Stack,
@@ -15,12 +16,16 @@ from tunesmith.distill.layers import (
     refuse_dropped_attention,
     width,
 )
+from tunesmith.distill.offline import OfflinePart
 from tunesmith.distill.part import Layers, TeacherPart
-from tunesmith.distill.readings import Tokens, readings
-from tunesmith.distill.teacher import know, predicts_tokens, source
+from tunesmith.distill.readings import Rows, Spans, Tokens, readings
+from tunesmith.distill.rollout import OnPolicyPart
+from tunesmith.distill.sequences import replace_answers
+from tunesmith.distill.teacher import Known, know, predicts_tokens, source
 from tunesmith.distill.terms import AttentionTerm, EmbeddingTerm, HiddenTerm, LogitsTerm, TeacherOf
+from tunesmith.engine.companion import CompanionSource
 from tunesmith.errors import UserError
-from tunesmith.parts import StepPart, Strategies
+from tunesmith.parts import ForwardPart, StepPart, Strategies
 from tunesmith.recipe.distill import AttentionLoss, EmbeddingLoss, HiddenLoss, LogitsLoss
 from tunesmith.terms import Term
 
@@ -64,6 +69,12 @@ class _Builder:
 
     def build(self) -> Strategies:
         building, recipe = self.building, self.recipe
+        attention = recipe.model.attn_implementation
+        sources = [
+            (one, source(one, building.objective, attention, recipe.training.seed)) for one in self.known
+        ]
+        if (sequences := self.settings.sequences) is not None:
+            replace_answers(building, *sources[0], sequences)
         whole_logits = False
         for loss in self.settings.each_loss:
             weight = (1.0 - self.settings.own_share) * loss.weight
@@ -77,29 +88,68 @@ class _Builder:
                     self._attention(loss, weight)
                 case EmbeddingLoss():
                     self._embedding(loss, weight)
-        attention = recipe.model.attn_implementation
-        asked = recipe.each_kernel.linear_cross_entropy
         facts: dict[str, Any] = {
             "alpha": self.settings.own_share,
             "terms": {term.name: term.weight for term in self.terms},
         }
-        part = TeacherPart(
+        own = [term.name for term in building.objective.terms]
+        steps: list[StepPart] = [OwnShare(self.settings.own_share, own)]
+        if self.settings.on_policy is not None:
+            facts["on_policy"] = self.settings.on_policy.model_dump()
+            steps.append(
+                OnPolicyPart(
+                    building.objective, self.settings.on_policy, kind_of(recipe), recipe.training.seed
+                )
+            )
+        if self.settings.sequences is not None:
+            facts["sequence_level"] = self.settings.sequences.model_dump()
+        return Strategies(
+            terms=tuple(self.terms),
+            forward=(self._part(sources, whole_logits, facts),) if self.terms else (),
+            steps=tuple(steps),
+            facts={"distill": facts},
+        )
+
+    def _part(
+        self, sources: Sequence[tuple[Known, CompanionSource]], whole_logits: bool, facts: dict[str, Any]
+    ) -> ForwardPart:
+        building, asked = self.building, self.recipe.each_kernel.linear_cross_entropy
+        return self._offline(sources, facts) or TeacherPart(
             building.objective,
             building.stream,
-            [(one, source(one, building.objective, attention, recipe.training.seed)) for one in self.known],
+            sources,
             self.layers,
-            projections(self.widths, recipe.training.seed),
+            projections(self.widths, self.recipe.training.seed),
             whole_logits,
             self._token_logits(),
             None if asked in ("auto", "reference") else asked,
             facts,
         )
-        own = [term.name for term in building.objective.terms]
-        return Strategies(
-            terms=tuple(self.terms),
-            forward=(part,),
-            steps=(OwnShare(self.settings.own_share, own),),
-            facts={"distill": facts},
+
+    def _offline(
+        self, sources: Sequence[tuple[Known, CompanionSource]], facts: dict[str, Any]
+    ) -> OfflinePart | None:
+        building, settings = self.building, self.settings.offline
+        if settings is None:
+            return None
+        (term,) = self.terms
+        assert isinstance(term, LogitsTerm)
+        reading = term.reading
+        if isinstance(reading, Spans) or (isinstance(reading, Rows) and reading.kind != "one"):
+            raise UserError(
+                "distill.offline: holds the likeliest of many classes, which this objective has not"
+            )
+        if building.stream.transforms:
+            raise UserError("distill.offline: the training rows change as they are drawn: leave it out")
+        return OfflinePart(
+            building.objective,
+            building.stream.dataset,
+            sources,
+            reading,
+            settings,
+            self.settings.temperature,
+            term.bucket,
+            facts,
         )
 
     def _token_logits(self) -> str | None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tunesmith.recipe.root import Recipe
 
 _ANSWERING = {"sft", "causal_lm", "seq2seq"}
-_DRAWN = {"masked_lm"}  # whose rows are other ones in every epoch
+_DRAWN = {"masked_lm", "span_corruption"}  # whose rows are other ones in every epoch
 
 
 def _losses(recipe: Recipe) -> Iterator[Problem]:
@@ -128,6 +128,12 @@ def _rows(recipe: Recipe) -> Iterator[Problem]:
     if distill.sequences is not None and len(distill.each_teacher) > 1:
         yield problem_at("distill.sequence_level", "takes the answers of one teacher: name only one")
     if distill.offline is not None:
+        for index, teacher in enumerate(distill.teachers):
+            if teacher.placement == "sharded":
+                yield problem_at(
+                    f"distill.teachers.{index}.placement",
+                    "offline: one process asks the teacher: write replicated",
+                )
         if kind in _DRAWN:
             yield problem_at(
                 "distill.offline", f"objective {kind} draws other rows in every epoch: leave it out"
