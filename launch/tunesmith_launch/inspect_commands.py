@@ -14,6 +14,7 @@ RunDir = Annotated[
     Path,
     typer.Argument(metavar="RUN_DIR", show_default=False, help="The folder of a run, or of an ensemble."),
 ]
+Task = Annotated[str | None, typer.Option(metavar="NAME", help="Of several tasks, which.")]
 Checkpoint = Annotated[
     int | None, typer.Option(min=0, help="The step of a checkpoint; default: the weights of final/.")
 ]
@@ -69,12 +70,16 @@ def check(
     from tunesmith.commands.check import check
     from tunesmith.commands.findings import Finding, exit_code
     from tunesmith.recipe.load import load_recipe
+    from tunesmith.tasks.runs import read_runs
 
     loaded = load_recipe(recipe, overrides or [])
     found: list[Finding] = []
-    for finding in check(loaded.recipe, loaded.base):
-        found.append(finding)
-        print(finding, flush=True)
+    for name, view in read_runs(loaded.recipe, loaded.base).views.items():
+        if name:
+            print(f"task {name}, as if it were trained alone:", flush=True)
+        for finding in check(view, loaded.base):
+            found.append(finding)
+            print(finding, flush=True)
     levels = [finding.level for finding in found]
     errors, warnings = levels.count("error"), levels.count("warning")
     print(f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}")
@@ -86,6 +91,7 @@ def preview(
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="How many samples.")] = 4,
     split: Annotated[Literal["train", "eval", "test"], typer.Option(help="Which rows.")] = "train",
+    task: Task = None,
 ) -> None:
     """Show samples token by token, and what is trained in them.
 
@@ -94,11 +100,14 @@ def preview(
     """
     from rich.console import Console
 
+    from tunesmith.commands.finished import of_task
     from tunesmith.commands.preview import preview, show
     from tunesmith.recipe.load import load_recipe
+    from tunesmith.tasks.runs import read_runs
 
     loaded = load_recipe(recipe, overrides or [])
-    show(preview(loaded.recipe, loaded.base, split, rows), Console(highlight=False))
+    seen = of_task(read_runs(loaded.recipe, loaded.base), task)
+    show(preview(seen, loaded.base, split, rows), Console(highlight=False))
 
 
 def evaluate(
@@ -110,6 +119,7 @@ def evaluate(
         list[str] | None, typer.Option(metavar="FILE", help="Other rows, of the same format; repeatable.")
     ] = None,
     checkpoint: Checkpoint = None,
+    task: Task = None,
 ) -> None:
     """Measure a finished run on eval, test or other rows.
 
@@ -124,9 +134,11 @@ def evaluate(
     if is_ensemble(run_dir):
         from tunesmith_launch import combine_commands
 
+        if task is not None:
+            raise UserError(f"--task {task}: an ensemble has one task: leave it out")
         combine_commands.evaluate(run_dir, split, data or [], checkpoint)
         return
-    run = open_run(run_dir, checkpoint)
+    run = open_run(run_dir, checkpoint, task)
     found = evaluate_run(run, split, data or [])
     end_table(found.table(), f"{run.weights} on {found.on}: {found.rows:,} rows")
     for reason, count in found.dropped.items():
@@ -146,6 +158,7 @@ def predict(
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text in place of a file; repeatable.")] = None,
     checkpoint: Checkpoint = None,
+    task: Task = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a generated text.")] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = None,
 ) -> None:
@@ -167,6 +180,8 @@ def predict(
     if is_ensemble(run_dir):
         from tunesmith_launch import combine_commands
 
+        if task is not None:
+            raise UserError(f"--task {task}: an ensemble has one task: leave it out")
         if max_new_tokens is not None or num_beams is not None:
             raise UserError("--max-new-tokens and --num-beams: an ensemble generates no text")
         answers = combine_commands.answers(run_dir, input, text or [], checkpoint)
@@ -177,7 +192,7 @@ def predict(
         counts = write_answers(answers, input, output or sys.stdout)
         _told(counts, output)
         return
-    run = open_run(run_dir, checkpoint)
+    run = open_run(run_dir, checkpoint, task)
     settings = generation_settings(run, max_new_tokens, num_beams)
     if text:
         for answer in predict_texts(run, text, settings):
@@ -196,6 +211,7 @@ def export(
     run_dir: RunDir,
     target: Annotated[Path, typer.Argument(metavar="TARGET", show_default=False, help="A new folder.")],
     checkpoint: Checkpoint = None,
+    task: Task = None,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the weights.")] = "fp32",
     max_shard_size: Annotated[str, typer.Option(help="The most that a file of weights holds.")] = "5GB",
     merge: Annotated[
@@ -217,7 +233,7 @@ def export(
             f"{run_dir} is an ensemble: its members are several models, which no single folder of weights holds; "
             "export them one by one, or make one model of them with tunesmith average"
         )
-    found = export(open_run(run_dir, checkpoint), target, dtype, max_shard_size, merge=merge)
+    found = export(open_run(run_dir, checkpoint, task), target, dtype, max_shard_size, merge=merge)
     weights = {
         "model": f"its weights are those of the run in {dtype}; outputs",
         "adapter": f"with the base, the adapter's outputs in {dtype}",

@@ -51,12 +51,18 @@ def plan(
     from tunesmith.planning.trace import check
     from tunesmith.quiet import quiet_libraries
     from tunesmith.recipe.load import load_recipe
+    from tunesmith.tasks.runs import read_runs
 
     if apply_to is not None and apply_to.exists():
         raise UserError(f"--apply: {apply_to} exists already: name another file")
     quiet_libraries()
     loaded = load_recipe(recipe, overrides or [])
-    found = inspect(loaded.recipe, loaded.base)
+    # of several tasks each is as large as the backbone that they share: the first that is trained
+    views = read_runs(loaded.recipe, loaded.base).views
+    name = next((task for task in views if task and loaded.recipe.tasks[task].weight > 0), "")
+    found = inspect(views[name], loaded.base)
+    if name:
+        found.notes.append(f"planned as task {name} alone: the other tasks' heads are not among the figures")
     for key in ("tensor_parallel_size", "sequence_parallel_size", "shard_size"):
         if getattr(loaded.recipe.parallel, key, 1) not in {1, None}:
             found.notes.append(

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -234,7 +235,7 @@ def _train(
                 "best_step": state.progress.best_step,
             }
         )
-        summary["next"] = what_next(run_dir)
+        summary["next"] = what_next(run_dir, list(recipe.tasks))
         # what a probe opens is a whole model of its own, on one rank; the others wait outside of any collective
         if probes := probes_of(recipe.remember):
             probed = probe_all(probes, run_dir) if engine.rank == 0 else {}
@@ -277,7 +278,7 @@ def _test(session: Session, datasets: dict[str, Dataset], objective: Objective) 
     return summary
 
 
-def what_next(run_dir: Path) -> dict[str, str]:
+def what_next(run_dir: Path, tasks: Sequence[str] = ()) -> dict[str, str]:
     """What a person wants to know when a run is done."""
     shown = Path(os.path.relpath(run_dir)) if run_dir.is_relative_to(Path.cwd()) else run_dir
     typed = (
@@ -287,7 +288,7 @@ def what_next(run_dir: Path) -> dict[str, str]:
         "model": str(shown / "final"),
         "report": str(shown / "report.html"),
         "metrics": str(shown / "metrics.jsonl"),
-        "predict": f"tunesmith predict {shown} --text '…'",
+        "predict": f"tunesmith predict {shown} {''.join(f'--task {name} ' for name in tasks[:1])}--text '…'",
         "8 GPUs": f"tunesmith train {sys.argv[1] if typed else shown / 'recipe.yaml'} --num-processes 8 --overwrite",
     }
 

@@ -93,12 +93,13 @@ def manifest(job: Job, options: Options, loaded: Loaded, text: str) -> str:
 
 def _relative_paths(loaded: Loaded) -> Iterator[str]:
     recipe = loaded.recipe
-    for split in ("train", "eval", "test"):
-        for source in getattr(recipe.data, split):
-            if not source.path.startswith(("hub:", "builtin:", "/", "~", "$")):
-                yield f"data.{split}: {source.path}"
-    if recipe.data.cache_dir is not None and not recipe.data.cache_dir.startswith(("/", "~", "$")):
-        yield f"data.cache_dir: {recipe.data.cache_dir}"
+    for key, data in recipe.each_data.items():
+        for split in ("train", "eval", "test"):
+            for source in getattr(data, split):
+                if not source.path.startswith(("hub:", "builtin:", "/", "~", "$")):
+                    yield f"{key}.{split}: {source.path}"
+        if data.cache_dir is not None and not data.cache_dir.startswith(("/", "~", "$")):
+            yield f"{key}.cache_dir: {data.cache_dir}"
     for name in ("model_name_or_path", "tokenizer", "chat_template"):
         value = getattr(recipe.model, name)
         if isinstance(value, str) and not value.startswith(("/", "~", "$")) and _is_local(value, loaded.base):

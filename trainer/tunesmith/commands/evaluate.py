@@ -143,7 +143,7 @@ def _in_the_run(run: FinishedRun, split: Split | None) -> dict[str, float]:
     path = run.run_dir / "metrics.jsonl"
     if split is None or not path.is_file():
         return {}
-    prefix = f"{split}_"
+    prefix = f"{split}_{run.task}_" if run.task else f"{split}_"
     for row in reversed(read(path)):
         of_final = split == "test" and run.weights == "final"
         of_step = split == "eval" and run.weights == f"checkpoint-{row['step']}"
@@ -154,6 +154,7 @@ def _in_the_run(run: FinishedRun, split: Split | None) -> dict[str, float]:
 
 def _name(run: FinishedRun, split: str | None, data: Sequence[str]) -> str:
     on = split or "-".join(Path(path).stem.replace(":", "-") for path in data)
+    on = f"{run.task}-{on}" if run.task else on
     return on if run.weights == "final" else f"{on}-{run.weights}"
 
 

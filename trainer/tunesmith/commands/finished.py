@@ -29,6 +29,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.optim import SGD
 from tunesmith.recipe.parallel import Single
+from tunesmith.tasks.models import load_task
 from tunesmith.tokenizer import tokenizer_for
 
 
@@ -42,6 +43,7 @@ class FinishedRun:
     tokenizer: Any
     objective: Objective
     engine: Engine
+    task: str = ""  # of a run of several
 
     @property
     def model(self) -> Any:
@@ -56,6 +58,11 @@ class Described:
     recipe: Recipe
     tokenizer: Any
     objective: Objective
+    task: str = ""  # of a run of several
+
+    @property
+    def final(self) -> Path:
+        return self.run_dir / "final" / self.task
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +88,27 @@ class Weights:
         return Weights(Path(folder), int(found[1]))
 
 
-def describe_run(run_dir: Path) -> Described:
-    """Recipe, tokenizer and objective with what it learnt, without the model. Raises UserError."""
-    recipe = read_recipe(run_dir)
-    tokenizer, recipe = _tokenizer(recipe, run_dir, run_dir / "final")
+def describe_run(run_dir: Path, task: str | None = None) -> Described:
+    """Recipe, tokenizer and objective with what it learnt, without the model; of a run of several tasks those of
+    `task`, as if it had been run alone. Raises UserError."""
+    recipe = of_task(read_recipe(run_dir), task)
+    tokenizer, recipe = _tokenizer(recipe, run_dir, run_dir / "final" / (task or ""))
     objective = build_objective(recipe, tokenizer)
-    objective.load_state(_objective_state(run_dir))
-    return Described(run_dir, recipe, tokenizer, objective)
+    state = _objective_state(run_dir)
+    objective.load_state(state if task is None else state[task])
+    return Described(run_dir, recipe, tokenizer, objective, task or "")
+
+
+def of_task(recipe: Recipe, task: str | None) -> Recipe:
+    """The recipe as `task` sees it, itself where it has one task. Raises UserError for a task that it has not."""
+    if not recipe.tasks:
+        if task is not None:
+            raise UserError(f"--task {task}: there is one task, without a name: leave it out")
+        return recipe
+    if task not in recipe.tasks:
+        asked = "there are several tasks" if task is None else f"--task {task}: there is none of that name"
+        raise UserError(f"{asked}: name one of them with --task: {', '.join(recipe.tasks)}")
+    return recipe.view(task)
 
 
 def weights_folder(run_dir: Path, checkpoint: int | None = None) -> Path:
@@ -105,14 +126,15 @@ def checkpoint_numbers(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def open_run(run_dir: Path, checkpoint: int | None = None) -> FinishedRun:
-    """The run in `run_dir` with the weights of `final/`, or of `checkpoint-N`. Raises UserError where the folder is
-    no run, lacks what is asked for, or its weights do not fill the model."""
+def open_run(run_dir: Path, checkpoint: int | None = None, task: str | None = None) -> FinishedRun:
+    """The run in `run_dir` with the weights of `final/`, or of `checkpoint-N`; of a run of several tasks the model of
+    `task`. Raises UserError where the folder is no run, lacks what is asked for, or its weights do not fill the
+    model."""
     quiet_libraries()
-    read_recipe(run_dir)  # what is no run is told so first
+    of_task(read_recipe(run_dir), task)  # what is no run is told so first
     found = weights_folder(run_dir, checkpoint)
     saved = None if checkpoint is None else found
-    described = describe_run(run_dir)
+    described = describe_run(run_dir, task)
     recipe, tokenizer, objective = described.recipe, described.tokenizer, described.objective
     # one process, whatever the run was spread over
     engine = build_engine(recipe.model_copy(update={"parallel": Single(strategy="single")}))
@@ -125,10 +147,13 @@ def open_run(run_dir: Path, checkpoint: int | None = None) -> FinishedRun:
         module.fused_head = None if isinstance(head, str) else head
     engine.rebuilt = built.rebuilt()
     engine.prepare(module, built.fill, Spec(SGD(name="sgd")))  # which holds no state, and takes no step
-    if saved is not None:
+    if saved is not None and described.task:
+        load_task(built.model, saved, described.task)
+    elif saved is not None:
         load_weights(engine, saved, model_alone=True)
     engine.module.eval()
-    return FinishedRun(run_dir, recipe, saved.name if saved else "final", tokenizer, objective, engine)
+    weights = saved.name if saved else "final"
+    return FinishedRun(run_dir, recipe, weights, tokenizer, objective, engine, described.task)
 
 
 def _was_fused(run_dir: Path) -> bool:
@@ -190,7 +215,7 @@ def _objective_state(run_dir: Path) -> dict[str, Any]:
 
 def open_model(described: Described, device: torch.device) -> Assembled:
     """The model of final/; where there is none yet, the one that the run began with, for a checkpoint to fill."""
-    recipe, run_dir, final = described.recipe, described.run_dir, described.run_dir / "final"
+    recipe, run_dir, final = described.recipe, described.run_dir, described.final
     objective, tokenizer = described.objective, described.tokenizer
     calm = {"dropout": None, "drop_path": None, "neftune_noise_alpha": None, "gradient_checkpointing": False}
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=calm)})

@@ -52,7 +52,7 @@ def model_card(run: FinishedRun, name: str, dtype: str) -> str:
         "",
         "## Data",
         "",
-        *_data(recipe, facts.get("data", {})),
+        *_data(recipe, {split: own.get(run.task, own) for split, own in facts.get("data", {}).items()}),
         "",
         "## Training",
         "",

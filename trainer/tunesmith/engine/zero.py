@@ -28,7 +28,7 @@ from tunesmith.engine.reached import reached
 from tunesmith.engine.shards import Shard
 from tunesmith.engine.zero_config import config, quiet
 from tunesmith.engine.zero_held import HeldBack
-from tunesmith.engine.zero_slices import Slice, gathered_again, gradients, slices
+from tunesmith.engine.zero_slices import Slice, clear, gathered_again, gradients, slices
 from tunesmith.errors import MissingExtra
 from tunesmith.gradients import local_square_sum
 from tunesmith.module import Loss, TrainModule
@@ -80,6 +80,7 @@ class ZeroEngine(RankedEngine):
         self._last = self._reduced = (
             False  # whether the micro-step is its window's last, and its gradient there
         )
+        self._unused: list[nn.Parameter] = []
         self._trained = {name: self._named[name] for group in groups for name in group["names"]}
         self._engine: Any = self.accelerator.prepare(module, self.optimizer)[0]
         self.module = cast(nn.Module, self._engine)
@@ -142,7 +143,9 @@ class ZeroEngine(RankedEngine):
         return Rehearsal(loss.total.detach(), unused, finite, reduced=True)
 
     def leave_unused(self, names: Sequence[str]) -> None:
-        pass  # DeepSpeed fills its flat gradients with zeros
+        # stages 1 and 2 fill their flat gradients with zeros
+        self._unused = [self._trained[name] for name in names] if self.stage == 3 else []
+        clear(self._zero, self._unused)
 
     def train_only(self, names: Collection[str]) -> None:
         for name, parameter in self._trained.items():
@@ -201,6 +204,7 @@ class ZeroEngine(RankedEngine):
         with update.scaled(self.optimizer, coefficient.to(device), skip.to(device)):
             self._engine.step()
         self._reduced = False
+        clear(self._zero, self._unused)
 
     # state
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -65,6 +65,17 @@ def gradients(zero: Any, index: int) -> dict[int, Tensor]:
         found[at] = gradient.view(-1)
         at += gradient.numel()
     return found
+
+
+def clear(zero: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Zeroes the gradients that stage 3 keeps of these parameters: one that a window does not use would have those of
+    the window that used it last."""
+    parameters = list(parameters)
+    if not parameters:
+        return
+    held: dict[int, Tensor] = vars(zero)["_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"]
+    for parameter in parameters:
+        held[cast(Any, parameter).ds_id].zero_()
 
 
 def gathered_again(zero: Any, stage: int) -> None:

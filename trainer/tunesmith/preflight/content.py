@@ -15,6 +15,7 @@ from tunesmith.data.rows import files_of
 from tunesmith.errors import TunesmithError
 from tunesmith.model import resolve_path
 from tunesmith.recipe import Recipe
+from tunesmith.recipe.data import Data
 
 WHOLE_BYTES = 2 * 2**30  # a larger file is hashed in blocks spread over it
 _BLOCK = 2**20
@@ -64,9 +65,16 @@ def data_digests(recipe: Recipe, base: Path) -> dict[str, str]:
     """The files of `data`, by `data.SPLIT[i] NAME`. A source that cannot be read says so in place of a digest: its
     reading is another's fault to report, its difference between nodes is ours."""
     found: dict[str, str] = {}
+    for data_key, data in recipe.each_data.items():
+        found |= _digests_of(data, data_key, base)
+    return found
+
+
+def _digests_of(data: Data, data_key: str, base: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
     for split in ("train", "eval", "test"):
-        for number, source in enumerate(getattr(recipe.data, split)):
-            key = f"data.{split}[{number}]"
+        for number, source in enumerate(getattr(data, split)):
+            key = f"{data_key}.{split}[{number}]"
             try:
                 for file in files_of(source, base):
                     root = (base / Path(source.path).expanduser()).absolute()

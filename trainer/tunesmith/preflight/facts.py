@@ -146,7 +146,7 @@ def compared(probe: Probe) -> dict[str, str]:
 def disks(recipe: Recipe, probe: Probe) -> dict[str, tuple[int, int]]:
     from tunesmith.data.prepare import cache_root
 
-    places = {"/dev/shm": Path("/dev/shm"), "the cache": cache_root(recipe.data)}
+    places = {"/dev/shm": Path("/dev/shm"), "the cache": cache_root(*list(recipe.each_data.values())[:1])}
     places["the temporary folder"] = Path(probe.environ().get("TMPDIR") or "/tmp")
     found = {
         f"{name} ({place})" if name != str(place) else name: probe.disk(place)

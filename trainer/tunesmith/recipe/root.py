@@ -104,6 +104,12 @@ class Recipe(Section):
         """The recipe as each of its tasks sees it, by name; itself, under no name, where there are none."""
         return {name: self.view(name) for name in self.tasks} or {"": self}
 
+    @property
+    def each_data(self) -> dict[str, Data]:
+        """`data`, and that of every task which has it, by the name of the setting."""
+        own = {f"tasks.{name}.data": task.data for name, task in self.tasks.items() if task.data is not None}
+        return own if self.tasks else {"data": self.data}
+
     @field_serializer("data", "objective", mode="wrap")
     def _absent(self, value: Any, write: SerializerFunctionWrapHandler) -> Any:
         return None if value is None else write(value)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from tunesmith.checkpoint.pieces import Saved
+from tunesmith.checkpoint.run_state import WEIGHTS
 from tunesmith.errors import UserError
 
 HEAD_OF = "head_of_"
@@ -145,3 +148,26 @@ def _refuse_others(backbones: Mapping[str, nn.Module]) -> None:
                 f"tasks.{name}: its head sits on a {type(other).__name__}, that of {first} on a {type(one).__name__}: "
                 "they cannot share a backbone"
             )
+
+
+def load_task(model: Any, path: Path, task: str) -> None:
+    """The weights that a checkpoint of TaskModels has of a task into that task's model, whole on one device. Raises
+    UserError where it lacks some."""
+    saved, prefix = Saved(path, WEIGHTS), f"{model.base_model_prefix}."
+    names = saved.names()
+    heads = {name.removeprefix(HEAD_OF).partition(".")[0] for name in names if name.startswith(HEAD_OF)}
+    # a task that trains a model's own output may have that of another one
+    owners = [task] if task in heads else [*sorted(heads)]
+    found: dict[str, Tensor] = {}
+    for own in model.state_dict():
+        places = [f"{HEAD_OF}{owner}.{own}" for owner in owners] + [f"backbone.{own}"]
+        if own.startswith(prefix):
+            places.insert(0, f"backbone.{own.removeprefix(prefix)}")
+        place = next((name for name in places if name in names), None)
+        if place is not None:
+            found[own] = saved.whole(place)
+    missing = model.load_state_dict(found, strict=False).missing_keys
+    values = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(values[name]) for name in found if name in values}
+    if left := [name for name in missing if name not in values or id(values[name]) not in filled]:
+        raise UserError(f"{path} lacks weights of the task {task}: {', '.join(left[:5])}")
