@@ -8,7 +8,6 @@ from typing import Any
 
 from tunesmith.recipe.base import Section
 from tunesmith.recipe.model import Model
-from tunesmith.recipe.objective import Classification
 from tunesmith.recipe.root import Recipe
 from tunesmith.recipe.shape import inner_sections, tagged, tags
 
@@ -40,9 +39,9 @@ def _add_short_forms(definitions: dict[str, Any]) -> None:
     ]
     quantization: dict[str, Any] = definitions["Model"]["properties"]["quantization"]
     quantization["anyOf"].append({"enum": list(tags(tagged(Model.model_fields["quantization"])))})
-    for definition in definitions.values():
-        if (loss := definition.get("properties", {}).get("loss")) is not None:
-            loss["anyOf"].append({"enum": list(tags(tagged(Classification.model_fields["loss"])))})
+    for section in tags(Recipe.model_fields["objective"]).values():
+        loss = definitions[section.__name__]["properties"]["loss"]
+        loss["anyOf"].append({"enum": list(tags(tagged(section.model_fields["loss"])))})
 
 
 def _sections(section: type[Section]) -> list[type[Section]]:
