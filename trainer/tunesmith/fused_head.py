@@ -94,6 +94,15 @@ class HeadOutput:
         bias, softcap, scale = self._formula()
         return TeacherHidden(self.hidden, self.head.weight, bias, softcap, scale, vocab)
 
+    def at(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """The logits of some places, as they would have been: [places, V] fp32, with gradient. Raises NotFusable."""
+        bias, softcap, scale = self._formula()
+        hidden = self.hidden[rows, positions]
+        weight = self.head.weight.to(hidden.dtype)
+        x = nn.functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+        x = x.float() * scale
+        return x if softcap is None else softcap * torch.tanh(x / softcap)
+
     def without_last(self) -> HeadOutput:
         """Of all positions [rows, positions, …] but the last."""
         return replace(self, hidden=self.hidden[:, :-1])

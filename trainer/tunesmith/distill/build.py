@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.table import Table
+from tunesmith.distill.alignment import aligned_rows
 from tunesmith.distill.answers import kind_of
 from tunesmith.distill.divergence import Divergence
 from tunesmith.distill.layers import (
@@ -23,6 +25,7 @@ from tunesmith.distill.rollout import OnPolicyPart
 from tunesmith.distill.sequences import replace_answers
 from tunesmith.distill.teacher import Known, know, predicts_tokens, source
 from tunesmith.distill.terms import AttentionTerm, EmbeddingTerm, HiddenTerm, LogitsTerm, TeacherOf
+from tunesmith.distill.unlike import UnlikePart, UnlikeTerm
 from tunesmith.engine.companion import CompanionSource
 from tunesmith.errors import UserError
 from tunesmith.parts import ForwardPart, StepPart, Strategies
@@ -64,6 +67,7 @@ class _Builder:
         total = sum(one.settings.weight for one in self.known)
         self.shares = tuple(one.settings.weight / total for one in self.known)
         self.terms: list[Term] = []
+        self.aligned: Table | None = None
         self.layers: list[Layers] = []
         self.widths: dict[str, tuple[int, int]] = {}
 
@@ -114,6 +118,8 @@ class _Builder:
         self, sources: Sequence[tuple[Known, CompanionSource]], whole_logits: bool, facts: dict[str, Any]
     ) -> ForwardPart:
         building, asked = self.building, self.recipe.each_kernel.linear_cross_entropy
+        if self.aligned is not None:
+            return UnlikePart(*sources[0], self.aligned, facts)
         return self._offline(sources, facts) or TeacherPart(
             building.objective,
             building.stream,
@@ -172,17 +178,46 @@ class _Builder:
         teachers = tuple(
             TeacherOf(share, one.order, one.vocab) for share, one in zip(self.shares, self.known, strict=True)
         )
-        for one in self.known:
-            if one.tokenizer is not None:
-                raise UserError(
-                    f"distill: teacher {one.settings.model_name_or_path} has other tokens than the student: their "
-                    "logits cannot be compared"
-                )
+        if any(one.tokenizer is not None for one in self.known):
+            self._unlike(loss, weight)
+            return
         divergence = Divergence(loss.divergence, loss.beta or 0.5, self.settings.temperature)
         for reading in readings(self.recipe, self.building.objective):
             name = self._name(f"distill_logits_{reading.name}" if reading.name else "distill_logits")
             bucket = loss.rest == "bucket"
             self.terms.append(LogitsTerm(name, weight, reading, divergence, teachers, loss.top_k, bucket))
+
+    def _unlike(self, loss: LogitsLoss, weight: float) -> None:
+        """Refuses what names of classes are needed for."""
+        recipe, key = self.recipe, "distill.teachers"
+        other = next(one for one in self.known if one.tokenizer is not None)
+        told = f"{key}: {other.name} has other tokens than the student"
+        if recipe.objective.type not in ("causal_lm", "sft"):
+            raise UserError(
+                f"{told}, which only causal_lm and sft can align; the objective is {recipe.objective.type}"
+            )
+        if len(self.known) > 1:
+            raise UserError(f"{told}: name it alone")
+        if (
+            len(self.settings.each_loss) > 1
+            or loss.top_k is not None
+            or "divergence" in loss.model_fields_set
+        ):
+            raise UserError(
+                f"{told}: they are compared by sorted probabilities: write losses: [{{type: logits}}]"
+            )
+        for name, setting in (
+            ("distill.offline", self.settings.offline),
+            ("distill.on_policy", self.settings.on_policy),
+            ("data.packing", recipe.data.packing),
+            ("data.augment", self.building.stream.transforms),
+        ):
+            if setting:
+                raise UserError(f"{name}: {told}, whose places in the rows are settled before: leave it out")
+        table, student = self.building.stream.dataset.table, self.building.tokenizer
+        room = getattr(other.config.get_text_config(), "max_position_embeddings", None)
+        self.aligned = aligned_rows(table, student, other.tokenizer, room)
+        self.terms.append(UnlikeTerm("distill_uld", weight, self.settings.temperature, self.aligned))
 
     def _maps(self, asked: Any, first: int, stack: Stack) -> tuple[dict[int, int], ...]:
         own = depths(self.student)[stack]
