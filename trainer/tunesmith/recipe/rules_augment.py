@@ -29,6 +29,9 @@ def _objectives(recipe: Recipe) -> Iterator[Problem]:
 def _unfit(recipe: Recipe, operation: Operation) -> str | None:
     """Why an operation is not for the objective."""
     kind = recipe.objective.type
+    loss = getattr(recipe.objective, "loss", None)
+    if loss is not None and loss.type == "ranking":
+        return "changes texts one by one; the rows of objective.loss: {type: ranking} are lists of them"
     if isinstance(operation, Mixup):
         if kind == "classification":
             return None
@@ -90,6 +93,15 @@ def _cached(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _taught(recipe: Recipe) -> Iterator[Problem]:
+    for index, operation in enumerate(recipe.data.augment):
+        if isinstance(operation, Mixup) and recipe.distill is not None:
+            yield problem_at(
+                f"{_KEY}.{index}.type",
+                "mixup and distill exclude each other: a teacher reads the row unmixed",
+            )
+
+
 def _cut_sequences(recipe: Recipe) -> Iterator[Problem]:
     parallel = recipe.parallel
     if parallel.strategy != "fsdp2":
@@ -108,5 +120,6 @@ RULES = (
     ({"data", "objective"}, _lengths),
     ({"data"}, _order),
     ({"data", "trainable"}, _cached),
+    ({"distill", "data"}, _taught),
     ({"parallel", "data"}, _cut_sequences),
 )
