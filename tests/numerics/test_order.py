@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from objective_cases import CASES, SGD, Layout, open_stream, recipe
+from objective_cases import (
+    ACCUMULATED,
+    CASES,
+    RANKS,
+    SGD,
+    WHOLE,
+    Layout,
+    Run,
+    assert_same_curves,
+    assert_same_weights,
+    open_stream,
+    recipe,
+)
 from tunesmith.data.order import Order, Salt, Segment, deal
 from tunesmith.data.stream import Stream
 from tunesmith.data.table import Encoded
@@ -132,3 +145,16 @@ def test_transforms_see_every_training_row_with_a_key_of_its_own(workshop: Path)
     assert {batch.inputs["input_ids"].shape[1] for batch in batches} == {1}
     assert [key[2] for key in seen] == [row for batch in batches for row in batch.rows]
     assert {(key[0], key[1], key[3]) for key in seen} == {(plain.order.seed, 0, int(Salt.TRANSFORM))}
+
+
+DRAWN: dict[str, Any] = {
+    "sampling": {"type": "balanced"},
+    "curriculum": {"by": "length", "pace": {"type": "root", "until": 0.5}},
+}
+
+
+@pytest.mark.parametrize("layout", [ACCUMULATED, RANKS], ids=str)
+def test_what_is_drawn_by_label_and_by_length_gives_the_same_curve(train: Run, layout: Layout) -> None:
+    found, whole = (train("single_label", SGD, one, 8, data=DRAWN) for one in (layout, WHOLE))
+    assert_same_curves(found, whole)
+    assert_same_weights(found, whole)

@@ -20,6 +20,7 @@ from tunesmith.data.order import Order, Segment
 from tunesmith.data.prepare import prepare
 from tunesmith.data.reference_loss import row_losses
 from tunesmith.errors import UserError
+from tunesmith.recipe import Recipe
 from tunesmith.recipe.curriculum import Pace as PaceSettings
 from tunesmith.run import Resume, run
 from tunesmith.tokenizer import tokenizer_hash
@@ -278,3 +279,26 @@ def test_a_stopped_curriculum_goes_on_bit_by_bit(workshop: Path) -> None:
     run(again, workshop, Resume(resume=True))
     a, b = (w / "final" / "model.safetensors" for w in (source, folder))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_several_tasks_share_the_steps(workshop: Path) -> None:
+    """What goes by the run's steps, or is decided at its end, is for one task."""
+    paths = {name: str(workshop / "data" / f"{name}.jsonl") for name in ("single", "pair")}
+    tasks: dict[str, Any] = {
+        name: {
+            "data": {"train": [{"path": path, "format": "classification" if name == "single" else "pairs"}]},
+            "objective": {"type": "classification"},
+        }
+        for name, path in paths.items()
+    }
+    tasks["single"]["data"]["curriculum"] = {"by": "length"}
+    values = {
+        "model": {"model_name_or_path": "tiny"},
+        "tasks": tasks,
+        "evaluation": {"calibrate": "temperature"},
+        "run_name": "several",
+    }
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate(values)
+    assert "tasks.single.data.curriculum: goes by the steps of the run" in str(caught.value)
+    assert "evaluation.calibrate: is for a run of one task" in str(caught.value)

@@ -97,9 +97,27 @@ def _decisions(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
+def _tasks(recipe: Recipe) -> Iterator[Problem]:
+    if not recipe.tasks:
+        return
+    for name, task in recipe.tasks.items():
+        for key in ("curriculum", "max_length_schedule"):
+            if task.data is not None and getattr(task.data, key) is not None:
+                yield problem_at(
+                    f"tasks.{name}.data.{key}",
+                    "goes by the steps of the run, of which a task has a part: train the task alone",
+                )
+    for key in ("tune_thresholds", "calibrate"):
+        if getattr(recipe.evaluation, key) is not None:
+            yield problem_at(
+                f"evaluation.{key}", "is for a run of one task: decide in a run of the task alone"
+            )
+
+
 RULES = (
     ({"data", "objective"}, _sampling),
     ({"data", "objective"}, _curriculum),
     ({"data", "training"}, _moments),
     ({"evaluation", "data", "objective"}, _decisions),
+    ({"tasks", "evaluation"}, _tasks),
 )
