@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,10 @@ def single_label_scores(
     """(metrics, tables) of rows with one label. Of two labels `pr_auc` is that of the rarer training label, of more
     the mean over the labels. `probabilities`: [rows, labels], as the model gives them; `truth`: [rows]."""
 
-    def metrics(by: Decisions) -> dict[str, float]:
+    def metrics(by: Decisions) -> tuple[dict[str, float], dict[str, float]]:
         p = by.calibrated(probabilities, exclusive=True)
-        return labels.single_label_metrics(by.one_label(p), truth) | _ranked(p) | _calibration(p, truth)
+        of_scores = _ranked(p) | calibration.single_label_calibration(p, truth)
+        return labels.single_label_metrics(by.one_label(p), truth), of_scores
 
     def _ranked(p: Floats) -> dict[str, float]:
         one_hot = np.eye(len(names), dtype=np.bool_)[truth]
@@ -59,20 +60,16 @@ def single_label_scores(
     return _both(metrics, decisions), tables
 
 
-def _calibration(p: Floats, truth: NDArray[np.int64]) -> dict[str, float]:
-    return calibration.single_label_calibration(p, truth)
-
-
 def multi_label_scores(
     probabilities: NDArray[Any], truth: NDArray[np.int64], names: Sequence[str], decisions: Decisions
 ) -> Found:
     """(metrics, tables) of rows with several labels. `probabilities`, `truth`: [rows, labels]."""
 
-    def metrics(by: Decisions) -> dict[str, float]:
+    def metrics(by: Decisions) -> tuple[dict[str, float], dict[str, float]]:
         p = by.calibrated(probabilities, exclusive=False)
-        found = labels.multi_label_metrics(by.many_labels(p), truth)
         areas = ranking.curve_areas(p, truth.astype(np.bool_))
-        return found | areas | calibration.multi_label_calibration(p, truth)
+        of_scores = areas | calibration.multi_label_calibration(p, truth)
+        return labels.multi_label_metrics(by.many_labels(p), truth), of_scores
 
     p = decisions.calibrated(probabilities, exclusive=False)
     tables: dict[str, Any] = {
@@ -86,12 +83,19 @@ def multi_label_scores(
     return _both(metrics, decisions), tables
 
 
-def _both(metrics: Any, decisions: Decisions) -> dict[str, float]:
-    found: dict[str, float] = metrics(decisions)
+def _both(
+    metrics: Callable[[Decisions], tuple[dict[str, float], dict[str, float]]], decisions: Decisions
+) -> dict[str, float]:
+    """The metrics by the decisions; those of answers also without where answers were decided on, those of scores
+    where the scores have a temperature."""
+    of_answers, of_scores = metrics(decisions)
     if decisions == UNDECIDED:
-        return found
-    plain: dict[str, float] = metrics(UNDECIDED)
-    return found | {f"{name}{UNTUNED}": value for name, value in plain.items()}
+        return of_answers | of_scores
+    plain_answers, plain_scores = metrics(UNDECIDED)
+    plain = (plain_answers if decisions.chooses else {}) | (
+        plain_scores if decisions.temperature is not None else {}
+    )
+    return of_answers | of_scores | {f"{name}{UNTUNED}": value for name, value in plain.items()}
 
 
 def _curves(
