@@ -3,15 +3,13 @@ finished run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from distill_runs import distil, trained
 from objective_cases import (
     ACCUMULATED,
-    ADAMW,
     CASES,
     RANKS,
     SGD,
@@ -20,11 +18,7 @@ from objective_cases import (
     Run,
     assert_same_curves,
     assert_same_weights,
-    recipe,
 )
-from tunesmith.run import Resume, run
-
-Teacher = Callable[[str], str]
 
 EAGER = {"attn_implementation": "eager"}
 EVERY_LOSS = [
@@ -36,28 +30,9 @@ EVERY_LOSS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def teacher(workshop: Path) -> Teacher:
-    """The folder of a finished run of a case, trained away from where the students begin."""
-
-    def folder(case: str) -> str:
-        name = f"teacher-{case}"
-        if not (workshop / "runs" / name / "final").is_dir():
-            faster = {**ADAMW, "optim": {**ADAMW["optim"], "learning_rate": 0.01, "max_grad_norm": None}}
-            made = recipe(workshop, CASES[case], faster, WHOLE, 6, training={"seed": 11})
-            run(made.model_copy(update={"run_name": name}), workshop, Resume())
-        return str(workshop / "runs" / name)
-
-    return folder
-
-
-def distil(teacher: str, **settings: Any) -> dict[str, Any]:
-    return {"teacher_model_name_or_path": teacher, "temperature": 2.0, **settings}
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_the_curve_is_the_same_however_the_rows_are_split(train: Run, teacher: Teacher, case: str) -> None:
-    settings = distil(teacher(case))
+def test_the_curve_is_the_same_however_the_rows_are_split(train: Run, workshop: Path, case: str) -> None:
+    settings = distil(trained(workshop, case))
     whole = train(case, SGD, WHOLE, 4, distill=settings)
     assert all(row["loss/distill_logits"] > 0 for row in whole.rows)
     for layout in (ACCUMULATED, RANKS):
@@ -67,8 +42,8 @@ def test_the_curve_is_the_same_however_the_rows_are_split(train: Run, teacher: T
 
 
 @pytest.mark.parametrize("case", ["single_label", "causal_lm", "masked_lm", "seq2seq_t5"])
-def test_every_loss_is_the_same_however_the_rows_are_split(train: Run, teacher: Teacher, case: str) -> None:
-    settings = distil(teacher(case), losses=EVERY_LOSS)
+def test_every_loss_is_the_same_however_the_rows_are_split(train: Run, workshop: Path, case: str) -> None:
+    settings = distil(trained(workshop, case), losses=EVERY_LOSS)
     whole = train(case, SGD, WHOLE, 4, model=EAGER, distill=settings)
     kinds = {key.partition("/")[2].split("_")[1] for key in whole.rows[0] if key.startswith("loss/distill")}
     assert kinds == {"logits", "hidden", "attention", "embedding"}
@@ -85,9 +60,9 @@ THIN = {
 
 
 @pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
-def test_every_engine_distils_alike(train: Run, teacher: Teacher, strategy: str) -> None:
+def test_every_engine_distils_alike(train: Run, workshop: Path, strategy: str) -> None:
     parallel = {"ddp": {"strategy": "ddp"}, **SHARDED}[strategy]
-    settings = distil(teacher("causal_lm"), losses=[{"type": "logits"}, {"type": "hidden"}])
+    settings = distil(trained(workshop, "causal_lm"), losses=[{"type": "logits"}, {"type": "hidden"}])
     alone = train("causal_lm", SGD, WHOLE, 4, model=THIN, distill=settings)
     ranks = train("causal_lm", SGD, RANKS, 4, model=THIN, distill=settings, parallel=parallel)
     assert_same_curves(ranks, alone)
@@ -96,9 +71,9 @@ def test_every_engine_distils_alike(train: Run, teacher: Teacher, strategy: str)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
-def test_every_engine_begins_with_the_teachers_layers(train: Run, teacher: Teacher, strategy: str) -> None:
+def test_every_engine_begins_with_the_teachers_layers(train: Run, workshop: Path, strategy: str) -> None:
     parallel = {"ddp": {"strategy": "ddp"}, **SHARDED}[strategy]
-    settings = distil(teacher("single_label"), init="last_k")
+    settings = distil(trained(workshop, "single_label"), init="last_k")
     sections = {"model": {"config": {"num_hidden_layers": 1}}, "distill": settings}
     alone = train("single_label", SGD, WHOLE, 3, **sections)
     ranks = train("single_label", SGD, RANKS, 3, **sections, parallel=parallel)
@@ -108,10 +83,10 @@ def test_every_engine_begins_with_the_teachers_layers(train: Run, teacher: Teach
 
 
 @pytest.mark.parametrize("case", ["causal_lm", "single_label"])
-def test_a_teacher_that_fsdp2_shards_teaches_the_same(train: Run, teacher: Teacher, case: str) -> None:
-    whole = distil(teacher(case))
+def test_a_teacher_that_fsdp2_shards_teaches_the_same(train: Run, workshop: Path, case: str) -> None:
+    whole = distil(trained(workshop, case))
     sharded = {
-        "teachers": [{"model_name_or_path": teacher(case), "placement": "sharded"}],
+        "teachers": [{"model_name_or_path": trained(workshop, case), "placement": "sharded"}],
         "temperature": 2.0,
     }
     alone = train(case, SGD, WHOLE, 4, distill=whole)
