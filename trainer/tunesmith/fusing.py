@@ -31,6 +31,8 @@ def choose_head(recipe: Recipe, model: nn.Module, objective: Objective) -> Fused
     asked = recipe.each_kernel.linear_cross_entropy
     if asked == "reference":
         return "the recipe asks for it"
+    if recipe.tasks:
+        return "there are several tasks"
     if not any(isinstance(term, TokenCrossEntropy) for term in objective.terms):
         return "the loss is not a cross-entropy over tokens"
     if type(objective).predict is not Objective.predict:

@@ -177,6 +177,9 @@ def _elsewhere(recipe: Recipe) -> Iterator[Problem]:
             "evaluation.generate",
             "is not for several tasks: evaluate the task when the run is done (tunesmith predict RUN --task NAME)",
         )
+    for name in ("tune_thresholds", "calibrate"):
+        if getattr(recipe.evaluation, name):
+            yield problem_at(f"evaluation.{name}", "is for a run of one task: leave it out")
     if recipe.trainable.head is not None:
         yield problem_at("trainable.head", "is each task's: write tasks.NAME.head")
 

@@ -1,0 +1,190 @@
+"""Several tasks on one backbone: the same however rows are split, on every engine, and against single runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from objective_cases import TOLERANCE, apart, weights_apart
+from rank_pool import Pools
+from task_cases import NAMES, evaluations, finals, folder, task, tasks_recipe, training
+from test_strategies_resume import interrupted
+from tunesmith.recipe import Recipe
+from tunesmith.run import Resume, run
+
+TOGETHER: dict[str, Any] = {"mixing": {"type": "together"}}
+MIXED: dict[str, dict[str, Any]] = {
+    "proportional": {},
+    "temperature": {"mixing": {"type": "temperature", "temperature": 3.0}},
+    "together": TOGETHER,
+    "uncertainty": {**TOGETHER, "balancing": {"type": "uncertainty", "learning_rate": 0.05}},
+    "gradnorm": {**TOGETHER, "balancing": {"type": "gradnorm"}},
+    "dwa": {"mixing": {"type": "round_robin"}, "balancing": {"type": "dwa", "every": 3}},
+}
+FAST = {"proportional", "uncertainty", "gradnorm"}
+
+
+def trained(made: Recipe, base: Path) -> Recipe:
+    run(made, base, Resume(overwrite=True))
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(workshop: Path) -> dict[str, Recipe]:
+    """Runs of one process and one micro-batch, made where they are asked for."""
+    return {}
+
+
+def expected(alone: dict[str, Recipe], workshop: Path, mixed: str) -> Recipe:
+    if mixed not in alone:
+        made = tasks_recipe(workshop, f"tasks-{mixed}", steps=9, multitask=MIXED[mixed])
+        alone[mixed] = trained(made, workshop)
+    return alone[mixed]
+
+
+def assert_same(found: Recipe, wanted: Recipe) -> None:
+    rows, others = training(found), training(wanted)
+    assert [row["units"] for row in rows] == [row["units"] for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert apart(row["loss"], other["loss"]) <= TOLERANCE, row["step"]
+        assert apart(row["grad_norm"], other["grad_norm"]) <= TOLERANCE, row["step"]
+    assert apart(evaluations(found)[-1]["eval_loss"], evaluations(wanted)[-1]["eval_loss"]) <= TOLERANCE
+    mine, theirs = finals(found), finals(wanted)
+    assert set(mine) == set(theirs) == set(NAMES)
+    for name in NAMES:
+        assert max(weights_apart(mine[name], theirs[name]).values()) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize(
+    "mixed", [one if one in FAST else pytest.param(one, marks=pytest.mark.slow) for one in MIXED]
+)
+def test_accumulation_changes_nothing(workshop: Path, alone: dict[str, Recipe], mixed: str) -> None:
+    made = tasks_recipe(workshop, f"tasks-{mixed}-8", rows=2, steps=9, multitask=MIXED[mixed])
+    assert_same(trained(made, workshop), expected(alone, workshop, mixed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", ["proportional", "uncertainty", "gradnorm"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_two_ranks_change_nothing(
+    workshop: Path, pools: Pools, alone: dict[str, Recipe], strategy: str, mixed: str
+) -> None:
+    made = tasks_recipe(
+        workshop,
+        f"tasks-{mixed}-{strategy}",
+        rows=4,
+        steps=9,
+        multitask=MIXED[mixed],
+        parallel={"strategy": strategy},
+    )
+    pools[2].run(made, workshop)
+    assert_same(made, expected(alone, workshop, mixed))
+
+
+@pytest.mark.parametrize("mixed", ["uncertainty", pytest.param("dwa", marks=pytest.mark.slow), "gradnorm"])
+def test_a_resumed_run_ends_with_the_same_bits(
+    workshop: Path, alone: dict[str, Recipe], tmp_path: Path, mixed: str
+) -> None:
+    made = expected(alone, workshop, mixed)
+    interrupted(folder(made), tmp_path / made.run_name, 3)
+    again = made.model_copy(update={"output_dir": str(tmp_path)})
+    run(again, workshop, Resume(resume=True))
+    for name, weights in finals(again).items():
+        whole = finals(made)[name]
+        assert all(torch.equal(whole[key], value) for key, value in weights.items()), name
+
+
+def test_every_task_loads_with_its_auto_class(workshop: Path, alone: dict[str, Recipe]) -> None:
+    made = expected(alone, workshop, "proportional")
+    classes: dict[str, Any] = {
+        "tags": AutoModelForTokenClassification,
+        "topic": AutoModelForSequenceClassification,
+        "words": AutoModelForMaskedLM,
+    }
+    backbones: list[torch.Tensor] = []
+    for name, auto_class in classes.items():
+        model, told = auto_class.from_pretrained(folder(made) / "final" / name, output_loading_info=True)
+        assert not told["missing_keys"]
+        assert not told["unexpected_keys"]
+        backbones.append(model.bert.encoder.layer[0].output.dense.weight)
+    assert torch.equal(backbones[0], backbones[1])
+    assert torch.equal(backbones[0], backbones[2])
+
+
+def test_one_task_trains_as_it_would_alone(workshop: Path) -> None:
+    """With its rows, its steps and its seed a task beside one that is evaluated only is a run of its own."""
+    other = task(workshop, "single", "classification", "classification", weight=0.0)
+    own = task(workshop, "tags", "tokens", "token_classification")
+    several = trained(tasks_recipe(workshop, "tasks-one", tasks={"tags": own, "topic": other}), workshop)
+    settings = several.view("tags").model_dump(exclude={"tasks", "multitask"})
+    single = trained(Recipe.model_validate(settings | {"run_name": "tasks-none"}), workshop)
+    assert [row["loss"] for row in training(several)] == [row["loss"] for row in training(single)]
+    assert evaluations(several)[-1]["eval_tags_f1"] == evaluations(single)[-1]["eval_f1"]
+    assert "eval_topic_accuracy" in evaluations(several)[-1]
+
+
+def test_the_loss_is_the_weighted_sum(workshop: Path, alone: dict[str, Recipe]) -> None:
+    made = expected(alone, workshop, "proportional")
+    row = evaluations(made)[-1]
+    total = row["eval_tags_loss"] + 0.5 * row["eval_topic_loss"] + row["eval_words_loss"]
+    assert row["eval_loss"] == pytest.approx(total, rel=1e-9)
+    tasks = [
+        {key.removeprefix("loss/") for key in line if key.startswith("loss/")} for line in training(made)
+    ]
+    assert all(len(one) == 1 for one in tasks), "a window is of one task"
+    assert set.union(*tasks) == set(NAMES)
+
+
+def test_a_task_that_stopped_is_drawn_no_more(workshop: Path, tmp_path: Path) -> None:
+    tasks = {
+        "tags": task(workshop, "tags", "tokens", "token_classification"),
+        "topic": task(
+            workshop,
+            "single",
+            "classification",
+            "classification",
+            # nothing is better by a hundred: it stops at the second evaluation
+            evaluation={"early_stopping": {"patience": 1, "min_delta": 100.0}},
+        ),
+    }
+    mixing = {"mixing": {"type": "round_robin"}}
+    made = trained(tasks_recipe(workshop, "tasks-stop", steps=12, tasks=tasks, multitask=mixing), workshop)
+    drawn = ["loss/topic" in row for row in training(made)]
+    assert drawn[:6] == [False, True] * 3
+    assert not any(drawn[6:])
+    interrupted(folder(made), tmp_path / made.run_name, 9)
+    again = made.model_copy(update={"output_dir": str(tmp_path)})
+    run(again, workshop, Resume(resume=True))
+    assert ["loss/topic" in row for row in training(again)] == drawn
+    whole, own = finals(made), finals(again)
+    assert all(torch.equal(whole[name][key], value) for name in own for key, value in own[name].items())
+
+
+def test_a_finished_run_is_a_task(workshop: Path) -> None:
+    old = tasks_recipe(
+        workshop, "tasks-old", tasks={"x": task(workshop, "single", "classification", "classification")}
+    )
+    settings = old.view("x").model_dump(exclude={"tasks", "multitask"})
+    single = trained(Recipe.model_validate(settings | {"run_name": "tasks-before"}), workshop)
+    tasks = {
+        "before": {"run": str(folder(single)), "weight": 0.0},
+        "words": task(workshop, "text", "text", "masked_lm"),
+    }
+    model = {"model_name_or_path": str(folder(single) / "final")}
+    made = trained(
+        tasks_recipe(workshop, "tasks-after", tasks=tasks, model=model, optim={"learning_rate": 1e-12}),
+        workshop,
+    )
+    # what has hardly moved answers as it did
+    before, now = evaluations(single)[-1], evaluations(made)[-1]
+    assert set(finals(made)) == {"before", "words"}
+    assert now["eval_before_loss"] == pytest.approx(before["eval_loss"], rel=1e-6)
+    assert now["eval_before_accuracy"] == before["eval_accuracy"]
