@@ -15,6 +15,7 @@ from tunesmith.assemble import Assembled, assemble
 from tunesmith.batch import Batch
 from tunesmith.commands.findings import Finding, attempt, error, fine, from_exception, warning
 from tunesmith.data.prepare import Dataset
+from tunesmith.distill.memory import teacher_sizes
 from tunesmith.data.stream import Stream
 from tunesmith.engine import Engine
 from tunesmith.errors import TunesmithError
@@ -66,6 +67,15 @@ def model_findings(
         yield loaded
         return
     yield from _about(loaded, tokenizer)
+    sizes = attempt(
+        "distill", lambda: teacher_sizes(recipe, base, objective, tokenizer, loaded.model.config)
+    )
+    if isinstance(sizes, Finding):
+        yield sizes
+        return
+    for one in sizes:
+        held = f"{size(one.bytes)} in this process" if one.bytes else "not held while it trains"
+        yield fine("teacher", f"{one.known.name}, {one.parameters:,} parameters, {held}")
     frozen = attempt("trainable", lambda: apply_trainable(loaded.model, recipe.trainable))
     if isinstance(frozen, Finding):
         yield frozen

@@ -117,6 +117,8 @@ def _training(recipe: Recipe, facts: dict[str, Any]) -> Iterator[str]:
         f"- {optim.name}, learning rate {optim.learning_rate:g}, weight decay {optim.weight_decay:g}, "
         f"{recipe.schedule.lr_scheduler_type} schedule"
     )
+    for teacher in facts.get("distill", {}).get("teachers", []):
+        yield f"- distilled from {teacher['name']} ({teacher['class']}), alpha {facts['distill']['alpha']:g}"
     precision = facts.get("precision", training.precision)
     yield f"- precision {precision}, {facts.get('engine', 'single')} on {facts.get('world_size', 1)} process(es)"
 

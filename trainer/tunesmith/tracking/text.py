@@ -108,6 +108,7 @@ def startup_lines(
     for split, about in facts.get("data", {}).items():
         parts[split] = _rows(about)
     parts["features"] = _features(facts)
+    parts["teacher"] = _teachers(facts.get("distill", {}))
     for name, values in parts.items():
         if shown := [str(value) for value in values if value]:
             yield f"  {name:8}{', '.join(shown)}"
@@ -115,6 +116,15 @@ def startup_lines(
         yield f"  {'' if place else 'memory':8}{line}"
     for note in facts.get("notes", []):
         yield f"  note    {note}"
+
+
+def _teachers(facts: Mapping[str, Any]) -> list[object]:
+    named = [
+        f"{one['name']} ({one['class']}, {one['parameters']:,} parameters, {one['dtype']}, {one['placement']})"
+        for one in facts.get("teachers", [])
+    ]
+    kept = [f"{one['name']}, its {one['top_k']} likeliest classes from disk" for one in facts.get("offline", [])]
+    return [*named, *kept, *facts.get("logits", {}).values()]
 
 
 def _features(facts: Mapping[str, Any]) -> list[object]:
