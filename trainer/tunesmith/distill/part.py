@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tunesmith.batch import Batch
 from tunesmith.data.stream import Stream
 from tunesmith.distill.layers import Stack
-from tunesmith.distill.teacher import Known
+from tunesmith.distill.teacher import Known, teacher_facts
 from tunesmith.distill.terms import PAIRS, TEACHERS
 from tunesmith.engine import Engine
 from tunesmith.engine.companion import CompanionSource, companion
@@ -98,7 +98,7 @@ class TeacherPart(ForwardPart):
             if self.stream.pack_length is not None:
                 self._check_packing(engine, held)
             self._held.append(held)
-        self.facts["teachers"] = [_facts(held) for held in self._held]
+        self.facts["teachers"] = [teacher_facts(held.module, held.known) for held in self._held]
 
     def add(self, module: TrainModule, outputs: Mapping[str, Any], batch: Batch) -> Mapping[str, Any]:
         fused = any(isinstance(value, HeadOutput) for value in outputs.values())
@@ -217,16 +217,3 @@ def _unknown(module: nn.Module, stream: Stream, objective: Objective) -> frozens
     if "token_type_ids" not in stream.dataset.table.kinds or "token_type_ids" in taken:
         return frozenset()
     return frozenset({"token_type_ids"})
-
-
-def _facts(held: _Held) -> dict[str, Any]:
-    parameters = list(held.module.parameters())
-    settings = held.known.settings
-    return {
-        "name": held.known.name,
-        "class": type(held.module).__name__,
-        "parameters": sum(p.numel() for p in parameters),
-        "dtype": settings.dtype if settings.quantization is None else settings.quantization.type,
-        "placement": settings.placement,
-        "weight": settings.weight,
-    }

@@ -16,6 +16,7 @@ from tunesmith.errors import UserError
 from tunesmith.model import resolve_path
 from tunesmith.objectives import Objective
 from tunesmith.recipe.distill import Teacher
+from tunesmith.shapes import whole_numel
 from tunesmith.weights import Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -206,6 +207,19 @@ def _attempt(known: Known, objective: Objective, action: Callable[[], Any]) -> A
         raise UserError(
             f"distill: teacher {known.settings.model_name_or_path} does not load as {name}: {_line(error)}"
         ) from None
+
+
+def teacher_facts(module: nn.Module, known: Known) -> dict[str, Any]:
+    """What the start-up report and the model card say of it."""
+    settings = known.settings
+    return {
+        "name": known.name,
+        "class": type(module).__name__,
+        "parameters": sum(whole_numel(p) for p in module.parameters()),
+        "dtype": settings.dtype if settings.quantization is None else settings.quantization.type,
+        "placement": settings.placement,
+        "weight": settings.weight,
+    }
 
 
 def _refuse_missing(known: Known, found: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tunesmith.batch import Batch
 from tunesmith.data.table import Table
-from tunesmith.distill.teacher import Known
+from tunesmith.distill.teacher import Known, teacher_facts
 from tunesmith.engine import Engine
 from tunesmith.engine.companion import CompanionSource, companion
 from tunesmith.fused_head import HeadOutput
@@ -81,7 +81,7 @@ class UnlikePart(ForwardPart):
 
     def begin(self, engine: Engine) -> None:
         self._module = companion(engine, self.source, sharded=self.known.settings.placement == "sharded")
-        self.facts["teachers"] = [{"name": self.known.name, "class": type(self._module).__name__}]
+        self.facts["teachers"] = [teacher_facts(self._module, self.known)]
         self.facts["aligned_places"] = self.table.meta["places"]
 
     def add(self, module: TrainModule, outputs: Mapping[str, Any], batch: Batch) -> Mapping[str, Any]:
