@@ -15,8 +15,8 @@ from tunesmith.assemble import Assembled, assemble
 from tunesmith.batch import Batch
 from tunesmith.commands.findings import Finding, attempt, error, fine, from_exception, warning
 from tunesmith.data.prepare import Dataset
-from tunesmith.distill.memory import teacher_sizes
 from tunesmith.data.stream import Stream
+from tunesmith.distill.memory import teacher_sizes
 from tunesmith.engine import Engine
 from tunesmith.errors import TunesmithError
 from tunesmith.evaluator import predict_rows
@@ -67,9 +67,7 @@ def model_findings(
         yield loaded
         return
     yield from _about(loaded, tokenizer)
-    sizes = attempt(
-        "distill", lambda: teacher_sizes(recipe, base, objective, tokenizer, loaded.model.config)
-    )
+    sizes = attempt("distill", lambda: teacher_sizes(recipe, base, objective, tokenizer, loaded.model.config))
     if isinstance(sizes, Finding):
         yield sizes
         return

@@ -35,7 +35,8 @@ def teacher_sizes(
     for one in settings.each_teacher:
         known = know(one, base, objective, tokenizer, student)
         with unpartitioned():
-            model, _ = source(known, objective, recipe.model.attn_implementation, 0).empty()
+            empty, _ = source(known, objective, recipe.model.attn_implementation, 0).empty()
+        model: Any = empty
         total = sum(p.numel() for p in model.parameters())
         bits = (
             8 * DTYPES[one.dtype].itemsize if one.quantization is None else _FEW_BITS[one.quantization.type]

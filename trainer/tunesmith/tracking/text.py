@@ -123,7 +123,9 @@ def _teachers(facts: Mapping[str, Any]) -> list[object]:
         f"{one['name']} ({one['class']}, {one['parameters']:,} parameters, {one['dtype']}, {one['placement']})"
         for one in facts.get("teachers", [])
     ]
-    kept = [f"{one['name']}, its {one['top_k']} likeliest classes from disk" for one in facts.get("offline", [])]
+    kept = [
+        f"{one['name']}, its {one['top_k']} likeliest classes from disk" for one in facts.get("offline", [])
+    ]
     return [*named, *kept, *facts.get("logits", {}).values()]
 
 
