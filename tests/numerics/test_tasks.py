@@ -17,6 +17,9 @@ from objective_cases import TOLERANCE, apart, weights_apart
 from rank_pool import Pools
 from task_cases import NAMES, evaluations, finals, folder, task, tasks_recipe, training
 from test_strategies_resume import interrupted
+from tunesmith.commands.evaluate import evaluate_run
+from tunesmith.commands.finished import open_run
+from tunesmith.errors import UserError
 from tunesmith.recipe import Recipe
 from tunesmith.run import Resume, run
 
@@ -188,3 +191,19 @@ def test_a_finished_run_is_a_task(workshop: Path) -> None:
     assert set(finals(made)) == {"before", "words"}
     assert now["eval_before_loss"] == pytest.approx(before["eval_loss"], rel=1e-6)
     assert now["eval_before_accuracy"] == before["eval_accuracy"]
+
+
+@pytest.mark.parametrize("checkpoint", [None, 6])
+def test_a_task_is_opened_as_a_run_of_its_own(
+    workshop: Path, alone: dict[str, Recipe], checkpoint: int | None
+) -> None:
+    made = expected(alone, workshop, "proportional")
+    row = next(row for row in evaluations(made) if row["step"] == (checkpoint or 9))
+    for name in NAMES:
+        opened = open_run(folder(made), checkpoint, name)
+        found = evaluate_run(opened).found
+        assert found.loss == pytest.approx(row[f"eval_{name}_loss"], rel=1e-6)
+    with pytest.raises(UserError, match="name one of them with --task: tags, topic, words"):
+        open_run(folder(made))
+    with pytest.raises(UserError, match="there is none of that name"):
+        open_run(folder(made), task="other")
