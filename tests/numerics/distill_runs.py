@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from objective_cases import ADAMW, CASES, WHOLE, recipe
 from tunesmith.run import Resume, run
@@ -21,3 +24,8 @@ def trained(workshop: Path, case: str, seed: int = 11) -> str:
 
 def distil(teacher: str, **settings: Any) -> dict[str, Any]:
     return {"teacher_model_name_or_path": teacher, "temperature": 2.0, **settings}
+
+
+def some(names: Iterable[str], *fast: str) -> list[Any]:
+    """All of the names, those that are not among the fast marked slow."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]

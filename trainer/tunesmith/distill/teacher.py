@@ -168,8 +168,12 @@ def source(known: Known, objective: Objective, attention: str, seed: int) -> Com
 
     def whole() -> nn.Module:
         if settings.quantization is not None:
-            quantization.require()
-            model, found = made.whole()
+            try:
+                quantization.require()
+                model, found = made.whole()
+            except UserError as error:
+                told = str(error).replace("model.quantization", "distill.teachers.quantization")
+                raise UserError(told) from None
         else:
             model, found = _attempt(known, objective, lambda: _read(made, dtype))
         _refuse_missing(known, found)

@@ -49,6 +49,24 @@ def _losses(recipe: Recipe) -> Iterator[Problem]:
         yield problem_at("distill.temperature", "has no effect without a loss on the logits")
 
 
+def _inputs(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.distill is None:
+        return
+    for index, operation in enumerate(recipe.data.augment):
+        if operation.type == "mixup":
+            yield problem_at(
+                f"data.augment.{index}.type",
+                "mixup: a teacher reads the rows, not their mixtures: leave it out",
+            )
+    if recipe.trainable.cache_features:
+        for index, loss in enumerate(recipe.distill.each_loss):
+            if not isinstance(loss, LogitsLoss):
+                yield problem_at(
+                    f"distill.losses.{index}.type",
+                    f"{loss.type} is of the backbone, which trainable.cache_features keeps frozen: leave it out",
+                )
+
+
 def _init(recipe: Recipe) -> Iterator[Problem]:
     if recipe.distill is None or recipe.distill.init is None:
         return
@@ -159,5 +177,6 @@ RULES = (
     ({"distill", "model", "data"}, _losses),
     ({"distill", "parallel"}, _engines),
     ({"distill", "model", "trainable"}, _init),
+    ({"distill", "data", "trainable"}, _inputs),
     ({"distill", "objective", "data"}, _rows),
 )

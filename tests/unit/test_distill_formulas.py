@@ -223,6 +223,7 @@ def test_a_row_is_answered_behind_its_prompt() -> None:
             "dtype: has no effect with quantization",
         ),
         ({}, {"parallel": {"strategy": "fsdp2", "sequence_parallel_size": 2}}, "a teacher sees whole sequences"),
+        ({"losses": [{"type": "hidden"}]}, {"trainable": {"cache_features": True}}, "hidden is of the backbone"),
         ({"init": "every_k"}, {"model": {"quantization": {"type": "nf4"}}}, "distill.init: copies weights"),
     ],
 )  # fmt: skip
