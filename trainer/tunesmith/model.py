@@ -135,7 +135,7 @@ def load_model(
         raise UserError(f"model.config: {type(config).__name__} has no {', '.join(unknown)}")
     loaded.facts |= configure(config, settings)
     source = _source(settings, path, config, objective, seed, compute_dtype)
-    if empty:
+    if empty and not source.has_other_labels():
         loaded.model = _attempt(settings, objective, source.empty)
 
         def fill(device: torch.device) -> None:

@@ -238,9 +238,9 @@ def _train(
         summary["next"] = what_next(run_dir, list(recipe.tasks))
         # what a probe opens is a whole model of its own, on one rank; the others wait outside of any collective
         if probes := probes_of(recipe.remember):
-            probed = probe_all(probes, run_dir) if engine.rank == 0 else {}
+            if engine.rank == 0:
+                summary["probes"] = probe_all(probes, run_dir)
             engine.wait_for_all("probes")
-            summary["probes"] = {name: found.as_json() for name, found in probed.items()}
         tracker.on(RunEnded("done", reason, state.progress.step, summary))
     except BaseException as error:
         tracker.on(RunEnded("stopped", str(error) or type(error).__name__, state.progress.step, {}))

@@ -6,7 +6,7 @@ engine the same weights."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from tunesmith import quantization
 from tunesmith.errors import UserError
+from tunesmith.parts import EXTRAS
 from tunesmith.recipe.quantization import Quantization
 
 
@@ -69,8 +70,26 @@ class Source:
         return model, {}
 
     def _read(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        with _unpartitioned() if self.has_other_labels() else nullcontext():
+            model, found = self._from_pretrained(options)
+        found["missing_keys"] = {*found["missing_keys"], *_other_heads(model, found["mismatched_keys"])}
+        # under ZeRO-3 transformers keeps all that it knows, and would save the names of years ago
+        model._weight_conversions = [one for one in model._weight_conversions if one.was_used()]
+        return model, found
+
+    def has_other_labels(self) -> bool:
+        """Whether the files have a head for another number of labels, which is drawn anew. Such a model is read whole,
+        and taken apart afterwards: of a shard nobody can tell whether its whole has another shape."""
+        from transformers import PreTrainedConfig
+
+        if self.path is None:
+            return False
+        stored, _ = PreTrainedConfig.get_config_dict(self.path, revision=self.revision)
+        return "id2label" in stored and len(stored["id2label"]) != self.config.num_labels
+
+    def _from_pretrained(self, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         torch.manual_seed(self.seed)
-        model, found = self.auto_class.from_pretrained(
+        return self.auto_class.from_pretrained(
             self.path,
             config=self.config,
             revision=self.revision,
@@ -78,11 +97,9 @@ class Source:
             dtype=torch.float32,
             trust_remote_code=self.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **options,
         )
-        # under ZeRO-3 transformers keeps all that it knows, and would save the names of years ago
-        model._weight_conversions = [one for one in model._weight_conversions if one.was_used()]
-        return model, found
 
     def _drawn(self) -> Any:
         from transformers import initialization
@@ -130,6 +147,8 @@ class Source:
             )
         else:
             info = self._load(model, devices)
+        # what is trained beside the model has its values from elsewhere
+        info.missing_keys = {name for name in info.missing_keys if not name.startswith(f"{EXTRAS}.")}
         missing, unexpected = set(info.missing_keys), set(info.unexpected_keys)
         # what transformers' from_pretrained does after loading; its own drawing would give every rank other numbers
         model.mark_tied_weights_as_initialized(info)
@@ -175,6 +194,17 @@ class Source:
             name, found, wanted = min(info.mismatched_keys)
             raise ValueError(f"{name} has shape {tuple(found)}, the model wants {tuple(wanted)}")
         return info
+
+
+def _other_heads(model: Any, mismatched: Collection[tuple[str, Any, Any]]) -> set[str]:
+    """Of the weights whose shape in the files is another, those of the head: it was trained for other labels, and is
+    drawn anew. Raises ValueError for one of the backbone."""
+    backbone = model.base_model
+    own = "" if backbone is model else f"{model.base_model_prefix}."
+    for name, found, wanted in sorted(mismatched):
+        if not own or name.startswith(own):
+            raise ValueError(f"{name} has shape {tuple(found)}, the model wants {tuple(wanted)}")
+    return {name for name, _, _ in mismatched}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tunesmith.adapters.save import load as load_adapters
 from tunesmith.assemble import Assembled, assemble
 from tunesmith.checkpoint.run_state import load_weights
 from tunesmith.checkpoint.store import verify
-from tunesmith.engine import Engine, build_engine
+from tunesmith.engine import Engine, alone
 from tunesmith.errors import UserError
 from tunesmith.fusing import choose_head
 from tunesmith.model import load_tokenizer
@@ -28,7 +28,6 @@ from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.optim import SGD
-from tunesmith.recipe.parallel import Single
 from tunesmith.tasks.models import load_task
 from tunesmith.tokenizer import tokenizer_for
 
@@ -137,7 +136,7 @@ def open_run(run_dir: Path, checkpoint: int | None = None, task: str | None = No
     described = describe_run(run_dir, task)
     recipe, tokenizer, objective = described.recipe, described.tokenizer, described.objective
     # one process, whatever the run was spread over
-    engine = build_engine(recipe.model_copy(update={"parallel": Single(strategy="single")}))
+    engine = alone()
     built = open_model(described, engine.device)
     precision, _ = choose(recipe.training.precision, engine.device)
     round_parameters(built.model, Spec.of(recipe).parameter_dtype)

@@ -43,9 +43,7 @@ def build_engine(recipe: Recipe) -> Engine:
     kind = device_type()
     match settings:
         case Single():
-            from tunesmith.engine.single import SingleEngine
-
-            return SingleEngine(torch.device(kind, 0) if kind != "cpu" else torch.device("cpu"))
+            return alone()
         case DDP():
             from tunesmith.engine.ddp import DDPEngine
 
@@ -58,6 +56,16 @@ def build_engine(recipe: Recipe) -> Engine:
             from tunesmith.engine.fsdp2 import FSDP2Engine
 
             return FSDP2Engine(kind, settings)
+
+
+def alone() -> Engine:
+    """One process by itself, also where it is a rank of a run: for a model beside the one that is trained."""
+    from tunesmith.engine.single import SingleEngine
+
+    kind = device_type()
+    if kind == "cpu":
+        return SingleEngine(torch.device("cpu"))
+    return SingleEngine(torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))))
 
 
 def _world_of_one() -> None:
@@ -97,4 +105,4 @@ def _refuse_contradictions(recipe: Recipe) -> None:
             )
 
 
-__all__ = ["Engine", "build_engine", "device_type"]
+__all__ = ["Engine", "alone", "build_engine", "device_type"]

@@ -32,6 +32,7 @@ from tunesmith.recipe.remember import EWC, Remember
 from tunesmith.remember.fisher import fisher
 from tunesmith.tokenizer import tokenizer_hash
 from tunesmith.tracking.progress import track
+from tunesmith.unpartitioned import unpartitioned
 
 if TYPE_CHECKING:
     from tunesmith.strategies import Building
@@ -77,7 +78,8 @@ def importance(building: Building, settings: EWC, remember: Remember) -> Importa
         file = root / f"fisher-{digest}.safetensors"
         with filelock.FileLock(f"{file}.lock"):
             if not file.is_file():
-                _write(file, source, settings, remember.seed, building.device)
+                with unpartitioned():
+                    _write(file, source, settings, remember.seed, building.device)
     with safe_open(file, framework="pt") as stored:
         rows = int((stored.metadata() or {})["rows"])
         return Importance(file, frozenset(stored.keys()), rows)

@@ -23,6 +23,7 @@ from tunesmith.objectives.classification import ClassificationObjective
 from tunesmith.objectives.token_classification import TokenClassificationObjective
 from tunesmith.parts import EXTRAS, ForwardPart, Strategies
 from tunesmith.recipe.remember import LwF
+from tunesmith.unpartitioned import unpartitioned
 
 if TYPE_CHECKING:
     from tunesmith.engine import Engine
@@ -150,8 +151,9 @@ def build_lwf(building: Building, settings: LwF, run: Path) -> Strategies:
     kind = _kind(described.objective)
     if building.recipe.data.packing:
         raise UserError(f"{_KEY}: a packed sequence has no rows for the old head: set data.packing: false")
-    old = open_model(described, torch.device("cpu"))
-    old.fill(torch.device("cpu"))
+    with unpartitioned():
+        old = open_model(described, torch.device("cpu"))
+        old.fill(torch.device("cpu"))
     divergence = Divergence("forward_kl", temperature=settings.temperature)
     return Strategies(
         terms=(KeepsTo(kind, divergence, settings.weight),),

@@ -3,6 +3,7 @@ backbone that was trained since."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from tunesmith.evaluator import predict_rows
 from tunesmith.recipe.remember import Probe, Remember
 from tunesmith.tokenizer import tokenizer_hash
 from tunesmith.tracking.progress import track
+from tunesmith.unpartitioned import unpartitioned
 
 OLD_HEAD = "old"
 """The folder in a run's that holds the old head, where it was trained along."""
@@ -78,12 +80,14 @@ def split_of(data: Any, asked: Literal["eval", "test"] | None) -> Literal["eval"
     return asked or there[0]
 
 
-def probe_all(probes: Mapping[str, Probe], run_dir: Path) -> dict[str, Probed]:
-    """Each probe before and after the run in `run_dir`, whose final/ is written. On one process."""
-    if not probes:
-        return {}
-    trained = backbone_state(run_dir)
-    return {name: _probe(name, probe, run_dir, trained) for name, probe in probes.items()}
+def probe_all(probes: Mapping[str, Probe], run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Each probe before and after the run in `run_dir`, whose final/ is written: what `Probed.as_json` says, by name,
+    and written to probes.json. On one process."""
+    with unpartitioned():
+        trained = backbone_state(run_dir)
+        found = {name: _probe(name, probe, run_dir, trained).as_json() for name, probe in probes.items()}
+    (run_dir / "probes.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 def backbone_state(run_dir: Path) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from tunesmith.tracking.events import (
     StepLogged,
     Stepped,
 )
+from tunesmith.tracking.probes import probe_rows
 from tunesmith.tracking.text import duration, number, startup_lines
 
 T = TypeVar("T")
@@ -139,6 +140,8 @@ class ProgressDisplay:
             return
         if rows := _results(self._evaluated, event.summary.get("baseline", {})):
             end_table(rows, "Results", console=self._out)
+        if rows := probe_rows(event.summary.get("probes", {})):
+            end_table(rows, "Remembered", console=self._out)
         for name, value in event.summary.get("next", {}).items():
             self._out.print(Text(f"  {name:<9}{value}"), soft_wrap=True)
 
