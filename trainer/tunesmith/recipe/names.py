@@ -197,7 +197,7 @@ _OURS = {
     "training.per_device_train_batch_size": """micro_batch_size micro_batch_size_per_gpu microbatch_size
         train_micro_batch_size_per_gpu per_gpu_train_batch_size per_device_batch_size device_batch_size
         device_train_microbatch_size local_batch_size""",
-    "training.precision": "dtype torch_dtype model_dtype mixed_precision amp half_precision",
+    "training.precision": "model.dtype training.dtype .dtype torch_dtype model_dtype mixed_precision amp half_precision",
     "training.precision: bf16": "bf16 bfloat16 pure_bf16 bf16_full_eval",
     "training.precision: fp16": "fp16 float16 half fp16_full_eval",
     "training.torch_compile": "compile use_compile compile_model use_torch_compile",
