@@ -138,7 +138,7 @@ class OfflinePart(ForwardPart):
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _rows(self, teacher: nn.Module, known: Known, device: torch.device) -> Iterator[Encoded]:
-        per_batch, lengths = self.settings.per_device_batch_size, self.dataset.table.lengths()
+        per_batch, lengths = self.settings.per_device_teacher_batch_size, self.dataset.table.lengths()
         for start in range(0, len(self.dataset), _CHUNK * per_batch):
             chunk = range(start, min(start + _CHUNK * per_batch, len(self.dataset)))
             ordered = sorted(chunk, key=lambda row: -int(lengths[row]))

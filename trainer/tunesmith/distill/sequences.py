@@ -51,7 +51,7 @@ def replace_answers(
         "objective": building.recipe.objective.type,
         "teacher": files_of(known),
         "dtype": known.settings.dtype,
-        "settings": settings.model_dump(exclude={"per_device_batch_size"}),
+        "settings": settings.model_dump(exclude={"per_device_teacher_batch_size"}),
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -85,7 +85,7 @@ def _build(
 def _rows(building: Building, teacher: Any, settings: SequenceLevel) -> Iterator[Encoded]:
     table, objective, kind = building.stream.dataset.table, building.objective, kind_of(building.recipe)
     room = prompt_room(teacher, settings.max_new_tokens)
-    per_batch = settings.per_device_batch_size
+    per_batch = settings.per_device_teacher_batch_size
     for start in range(0, len(table), _CHUNK * per_batch):
         rows = {row: table.row(row) for row in range(start, min(start + _CHUNK * per_batch, len(table)))}
         prompts = {row: prompt_of(one, kind) for row, one in rows.items()}

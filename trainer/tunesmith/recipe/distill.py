@@ -94,7 +94,7 @@ class SequenceLevel(Section):
 
     max_new_tokens: Positive = 256
     num_beams: Positive = 1
-    per_device_batch_size: Positive = 8
+    per_device_teacher_batch_size: Positive = 8
 
 
 class Offline(Section):
@@ -103,7 +103,7 @@ class Offline(Section):
 
     top_k: Positive = 32
     path: str | None = None
-    per_device_batch_size: Positive = 8
+    per_device_teacher_batch_size: Positive = 8
 
 
 class Distill(Section):
