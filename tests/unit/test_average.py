@@ -232,7 +232,7 @@ def test_what_does_not_go_together_is_refused_by_name(
 def test_another_architecture_is_refused(
     trained: Trained, more: More, workshop: Path, tmp_path: Path
 ) -> None:
-    other = more("other-base", model={"model_name_or_path": str(workshop / "models" / "bert_mlm")})
+    other = more("averaged-other-base", model={"model_name_or_path": str(workshop / "models" / "bert_mlm")})
     config = other / "final" / "config.json"
     values = json.loads(config.read_text(encoding="utf-8")) | {"layer_norm_eps": 0.5}
     config.write_text(json.dumps(values), encoding="utf-8")
@@ -241,7 +241,7 @@ def test_another_architecture_is_refused(
 
 
 def test_eval_rows_of_another_split_are_not_compared(trained: Trained, more: More, tmp_path: Path) -> None:
-    other = more("split-8", data={"split": {"eval": 0.2, "test": 0.2, "seed": 8}})
+    other = more("averaged-split-8", data={"split": {"eval": 0.2, "test": 0.2, "seed": 8}})
     given = [str(trained("single_label")), str(other)]
     made = average(given, Asked("uniform"), tmp_path / "out")
     assert made.table == []

@@ -221,7 +221,7 @@ BIO = {
 SETTINGS = {
     "unknown column key": csv(
         "text,label\na,b\n",
-        "a.csv: columns: format classification has no lable, but text, label; did you mean label?",
+        "a.csv: columns: format classification has no lable, but text, label, soft_labels, group; did you mean label?",
         columns={"lable": "x"},
     ),
     "list of columns": csv(

@@ -206,7 +206,7 @@ BAD = {
     "typo": (HEAD + "training: {max_step: 3}\n", ":4: training.max_step: unknown key; did you mean max_steps?"),
     "dashes": (HEAD + "training: {max-steps: 3}\n", ":4: training.max-steps: unknown key; did you mean max_steps?"),
     "typo_of_a_section": (HEAD + "traning: {max_steps: 3}\n", ":4: traning: unknown key; did you mean training?"),
-    "nothing_like_it": (HEAD + "tracking: {verbosity: 3}\n", ":4: tracking.verbosity: unknown key; tracking takes logging_steps, progress, wandb"),
+    "nothing_like_it": (HEAD + "tracking: {verbosity: 3}\n", ":4: tracking.verbosity: unknown key; tracking takes logging_steps, progress, compare_with, wandb"),
     "other_member": (HEAD + "optim: {name: sgd, betas: [0.9, 0.99]}\nschedule: {step_size: 3}\n",
         ":4: optim.betas: sgd has no betas; adamw, adam, adamw_8bit and lion_8bit have it",
         ":5: schedule.step_size: linear has no step_size; step has it"),

@@ -153,6 +153,7 @@ def test_the_written_recipe_is_complete(tmp_path: Path) -> None:
             "averaging.",
             "data.augment.",
             "data.curriculum.",
+            "data.max_length_schedule.",
             "data.sampling.",
             "distill.",
             "objective.loss.",
@@ -164,6 +165,7 @@ def test_the_written_recipe_is_complete(tmp_path: Path) -> None:
             "regularization.r_drop.",
             "regularization.sharpness.",
             "remember.",
+            "multitask",
             "tasks.",
         )
         tags = [tag for _, tag in owners]

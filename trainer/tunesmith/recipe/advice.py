@@ -61,7 +61,20 @@ def show(value: object) -> str:
             return str(value)
 
 
-_STRATEGIES = {"averaging", "distill", "multitask", "regularization", "remember", "tasks"}
+_STRATEGIES = (
+    "averaging.",
+    "data.augment.",
+    "data.curriculum.",
+    "data.max_length_schedule.",
+    "data.sampling.",
+    "distill.",
+    "evaluation.tune_thresholds.",
+    "multitask.",
+    "objective.loss.",
+    "regularization.",
+    "remember.",
+    "tasks.",
+)
 
 
 def _from_elsewhere(name: str) -> str | None:
@@ -89,8 +102,7 @@ def _places(leaf: str) -> list[str]:
         for key in _settings()
         if key.rpartition(".")[2] == leaf and not key.startswith(("data.eval.", "data.test."))
     ]
-    main = [key for key in places if key.partition(".")[0] not in _STRATEGIES]
-    return main or places
+    return [key for key in places if not key.startswith(_STRATEGIES)] or places
 
 
 def unknown_key(spot: Spot) -> str:
@@ -99,10 +111,11 @@ def unknown_key(spot: Spot) -> str:
     section = generic((*spot.path[:-1], leaf)).rpartition(".")[0]
     if advice := _from_elsewhere(f"{section}.{leaf}") or _whose(spot, leaf) or _from_elsewhere(leaf):
         return advice.replace("data.train.", f"data.{spot.path[1]}.") if section == "data.train" else advice
-    places = _places(leaf)
-    if 0 < len(places) <= 3 and leaf not in known:
+    places, guess = _places(leaf), close(leaf, known)
+    meant_elsewhere = guess is None or not places[0].startswith(_STRATEGIES) if places else False
+    if meant_elsewhere and len(places) <= 3 and leaf not in known:
         return f"does not belong here; it is {listing(places)}"
-    if guess := close(leaf, known):
+    if guess:
         return f"unknown key; did you mean {guess}?"
     foreign = [name for name in (*names.KEYS, *names.NOTES) if "." not in name]
     if guess := close(leaf, foreign, 0.85):

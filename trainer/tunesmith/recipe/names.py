@@ -186,18 +186,20 @@ _OURS = {
         kernel_constraint""",
     "schedule.lr_scheduler_type": """lr_scheduler scheduler scheduler_type lr_schedule lr_scheduler_name
         learning_rate_scheduler schedule.type schedule.name""",
-    "schedule.warmup_steps": "num_warmup_steps lr_warmup_steps warmup_num_steps n_warmup_steps warmup",
+    "schedule.warmup_steps": """num_warmup_steps lr_warmup_steps warmup_num_steps n_warmup_steps .warmup
+        schedule.warmup training.warmup optim.warmup""",
     "schedule.warmup_ratio": "warmup_fraction warmup_proportion warmup_pct lr_warmup_ratio",
     "schedule.min_lr_ratio": "min_lr min_learning_rate cosine_min_lr_ratio lr_end min_lr_rate",
     "training.num_train_epochs": "num_epochs epochs n_epochs epoch max_epochs train_epochs num_train_epoch",
     "training.max_steps": """max_train_steps num_train_steps num_steps total_steps train_steps train_iters
-        steps max_steps_per_epoch""",
+        .steps training.steps schedule.steps max_steps_per_epoch""",
     "training.global_batch_size": """global_train_batch_size total_batch_size effective_batch_size
         total_train_batch_size""",
     "training.per_device_train_batch_size": """micro_batch_size micro_batch_size_per_gpu microbatch_size
         train_micro_batch_size_per_gpu per_gpu_train_batch_size per_device_batch_size device_batch_size
         device_train_microbatch_size local_batch_size""",
-    "training.precision": "model.dtype training.dtype .dtype torch_dtype model_dtype mixed_precision amp half_precision",
+    "training.precision": """model.dtype training.dtype .dtype torch_dtype model_dtype mixed_precision amp
+        half_precision""",
     "training.precision: bf16": "bf16 bfloat16 pure_bf16 bf16_full_eval",
     "training.precision: fp16": "fp16 float16 half fp16_full_eval",
     "training.torch_compile": "compile use_compile compile_model use_torch_compile",
@@ -221,7 +223,7 @@ _OURS = {
         eval_interval eval_every_n_steps validation_steps val_check_interval run_val_every_n_steps""",
     "evaluation.per_device_eval_batch_size": """eval_batch_size per_gpu_eval_batch_size val_batch_size
         validation_batch_size""",
-    "evaluation.metrics": "metric eval_metrics eval_metric compute_metrics compute_accuracy",
+    "evaluation.metrics": ".metric evaluation.metric eval_metrics eval_metric compute_metrics compute_accuracy",
     "evaluation.metric_for_best": "metric_for_best_model best_metric monitor early_stopping_metric",
     "evaluation.early_stopping: {patience: 3}": """early_stopping_patience early_stopping_steps
         early_stopping_threshold early_stop""",
@@ -262,7 +264,7 @@ _NEEDLESS = "has no counterpart here: leave it out"
 _NOTES = {
     _DERIVED: """gradient_accumulation_steps gradient_accumulation grad_accum grad_accum_steps gas
         grad_accumulation_steps accumulate_grad_batches gradient_acc_steps""",
-    _WHICH_BATCH: "batch_size train_batch_size",
+    _WHICH_BATCH: ".batch_size training.batch_size train_batch_size",
     _LAUNCH: """num_processes num_machines world_size nproc_per_node nnodes num_nodes num_gpus n_gpus
         n_gpu gpus devices gpus_per_node""",
     "is not a setting: a stopped run is continued from the command line": """resume resume_from_checkpoint

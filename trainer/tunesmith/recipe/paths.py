@@ -170,7 +170,9 @@ def _distill(recipe: Recipe, base: Path) -> Distill | None:
     if distill.teacher_model_name_or_path is not None:
         changes["teacher_model_name_or_path"] = _model_path(distill.teacher_model_name_or_path, key, base)
     changes["teachers"] = [
-        one.model_copy(update={"model_name_or_path": _model_path(one.model_name_or_path, "distill.teachers", base)})
+        one.model_copy(
+            update={"model_name_or_path": _model_path(one.model_name_or_path, "distill.teachers", base)}
+        )
         for one in distill.teachers
     ]
     if distill.offline is not None and distill.offline.path is not None:
