@@ -165,6 +165,7 @@ def test_the_written_recipe_is_complete(tmp_path: Path) -> None:
             "regularization.r_drop.",
             "regularization.sharpness.",
             "remember.",
+            "evaluation.tune_thresholds.",
             "multitask",
             "tasks.",
         )

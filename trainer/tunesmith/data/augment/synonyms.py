@@ -72,7 +72,9 @@ def of_wordnet() -> Synonyms:
     try:
         from nltk.corpus import wordnet
     except ImportError as error:
-        raise MachineError("data.augment: source: wordnet needs nltk: pip install 'tunesmith[wordnet]'") from error
+        raise MachineError(
+            "data.augment: source: wordnet needs nltk: pip install 'tunesmith[wordnet]'"
+        ) from error
     reader: Any = wordnet
     try:
         reader.ensure_loaded()
