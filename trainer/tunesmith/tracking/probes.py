@@ -13,8 +13,7 @@ def probe_rows(probes: Mapping[str, Mapping[str, Any]]) -> list[dict[str, object
     for name, probe in probes.items():
         for metric, before in probe["before"].items():
             after = probe["after"].get(metric)
-            known = before is not None and after is not None
-            change = after - before if known else None
+            change = after - before if before is not None and after is not None else None
             rows.append({"probe": name, "metric": metric, "before": before, "after": after, "change": change})
     return rows
 
