@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def assert_same(found: Recipe, wanted: Recipe) -> None:
         assert apart(row["grad_norm"], other["grad_norm"]) <= TOLERANCE, row["step"]
     assert apart(evaluations(found)[-1]["eval_loss"], evaluations(wanted)[-1]["eval_loss"]) <= TOLERANCE
     mine, theirs = finals(found), finals(wanted)
-    assert set(mine) == set(theirs) == set(NAMES)
-    for name in NAMES:
+    assert set(mine) == set(theirs) == set(found.tasks or ("new", "old"))
+    for name in mine:
         assert max(weights_apart(mine[name], theirs[name]).values()) <= TOLERANCE, name
 
 
@@ -207,3 +208,37 @@ def test_a_task_is_opened_as_a_run_of_its_own(
         open_run(folder(made))
     with pytest.raises(UserError, match="there is none of that name"):
         open_run(folder(made), task="other")
+
+
+def test_replayed_rows_are_a_second_task(workshop: Path) -> None:
+    """Beside the same two tasks written out, with the weights of the rows' shares; what was remembered is probed with
+    the head that was trained along."""
+    old = tasks_recipe(
+        workshop, "replay-x", tasks={"x": task(workshop, "single", "classification", "classification")}
+    )
+    plain = old.view("x").model_dump(mode="json", exclude={"tasks", "multitask"})
+    single = trained(Recipe.model_validate(plain | {"run_name": "replay-before"}), workshop)
+    words = task(workshop, "text", "text", "masked_lm")
+    model = {"model_name_or_path": str(folder(single) / "final")}
+    written = tasks_recipe(
+        workshop,
+        "replay-written",
+        tasks={"new": {**words, "weight": 0.75}, "old": {"run": str(folder(single)), "weight": 0.25}},
+        multitask={"mixing": {"type": "together", "rows": {"new": 12, "old": 4}, "epoch": "new"}},
+        model=model,
+    )
+    alone = {key: value for key, value in plain.items() if key not in {"data", "objective"}}
+    made = Recipe.model_validate(
+        alone
+        | words
+        | {
+            "run_name": "replay",
+            "model": plain["model"] | model,
+            "remember": {"run": str(folder(single)), "replay": {"ratio": 0.25}},
+        }
+    )
+    assert_same(trained(made, workshop), trained(written, workshop))
+    assert all({"loss/new", "loss/old"} <= row.keys() for row in training(made))
+    probed = json.loads((folder(made) / "probes.json").read_text())["old"]
+    assert probed["after"]["loss"] == pytest.approx(evaluations(made)[-1]["eval_old_loss"], rel=1e-6)
+    assert probed["before"]["loss"] == pytest.approx(evaluations(single)[-1]["eval_loss"], rel=1e-6)

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from torch import Tensor
 
 from tunesmith.batch import Batch
+from tunesmith.errors import UserError
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import dump_recipe
 from tunesmith.recipe.tasks import (
@@ -28,6 +29,7 @@ from tunesmith.tasks.dwa import factors
 from tunesmith.tasks.gradnorm import Watch, target_gradient
 from tunesmith.tasks.mixing import Schedule, shares
 from tunesmith.tasks.objective import TaskTerm, greater_is_better
+from tunesmith.tasks.replay import replayed
 from tunesmith.tasks.uncertainty import HalfLogVariance, LogVariances
 from tunesmith.terms import RowCrossEntropy
 
@@ -235,6 +237,11 @@ FEW = {"training": {"global_batch_size": 1, "per_device_train_batch_size": 1}}
             {"multitask": {"mixing": {"type": "together", "rows": {"one": 3}}}},
             "multitask.mixing.rows: needs a number for each task",
         ),
+        (
+            {"multitask": {"mixing": {"type": "together", "epoch": "three"}}},
+            "multitask.mixing.epoch: is no task that is trained",
+        ),
+        ({"remember": {"run": "runs/x", "replay": {}}}, "remember.replay: and tasks exclude each other"),
     ],
 )
 def test_what_does_not_go_with_tasks_is_told(change: dict[str, Any], told: str) -> None:
@@ -268,3 +275,37 @@ def test_without_tasks_there_is_nothing_to_share() -> None:
     Recipe.model_validate(given)
     with pytest.raises(ValueError, match="multitask: has no effect without tasks"):
         Recipe.model_validate(given | {"multitask": {"mixing": {"type": "round_robin"}}})
+
+
+@pytest.mark.parametrize(
+    ("ratio", "told"), [(0.01, "no old row among 32 .*: set it to 0.031 or more"), (0.99, "0.97 or less")]
+)
+def test_a_ratio_leaves_rows_of_both(ratio: float, told: str) -> None:
+    task = values()["tasks"]["one"]
+    with pytest.raises(ValueError, match=told):
+        Recipe.model_validate(
+            {
+                "model": {"model_name_or_path": "builtin:minilm"},
+                **{name: task[name] for name in ("data", "objective")},
+                "remember": {"run": "runs/x", "replay": {"ratio": ratio}},
+                "training": {"global_batch_size": 32, "per_device_train_batch_size": 32},
+                "run_name": "ratio",
+            }
+        )
+
+
+def test_replay_says_what_two_tasks_do_not_have() -> None:
+    task = values()["tasks"]["one"]
+    recipe = Recipe.model_validate(
+        {
+            "model": {"model_name_or_path": "builtin:minilm"},
+            **{name: task[name] for name in ("data", "objective")},
+            "remember": {"run": "runs/x", "replay": {}},
+            "trainable": {"adapters": [{"type": "lora"}]},
+            "run_name": "replay",
+        }
+    )
+    with pytest.raises(
+        UserError, match=r"remember.replay: makes the run one of two tasks.*trainable.adapters"
+    ):
+        replayed(recipe)

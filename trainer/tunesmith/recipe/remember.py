@@ -49,12 +49,16 @@ class LwF(Section):
 
 
 class Replay(Section):
-    """Old rows among the new: `ratio` of the optimizer steps take a window of the training rows of `remember.run`, with
-    its objective and its head. Rows of the recipe's own objective are a further source in `data.train` instead, with
-    its `weight`."""
+    """Old rows among the new: `ratio` of the rows of every window are training rows of `remember.run`, with its
+    objective and its head. The run has two tasks then, `new` and `old`, and `final/` a model of each. Rows of the
+    recipe's own objective and labels are a further source in `data.train` instead, with its `weight`."""
 
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    rows: Positive | None = None
+
+
+def replayed_rows(settings: Replay, window: int) -> int:
+    """How many of a window's rows are old ones: the nearest whole number."""
+    return round(settings.ratio * window)
 
 
 class WiseFT(Section):
@@ -92,6 +96,9 @@ class Remember(Section):
         for name in ("lwf", "replay"):
             if getattr(self, name) is not None and self.run is None:
                 raise ValueError(f"{name}: needs the run to be remembered: set remember.run")
+        for name in ("lwf", "ewc"):
+            if self.replay is not None and getattr(self, name) is not None:
+                raise ValueError(f"replay: and {name} exclude each other: keep one")
         if self.ewc is not None and self.ewc.data is not None and self.run is not None:
             raise ValueError(
                 "ewc.data: and remember.run both give the rows of the Fisher information: keep one"

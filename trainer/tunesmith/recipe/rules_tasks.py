@@ -12,6 +12,7 @@ from tunesmith.recipe.faults import Problem, problem_at
 from tunesmith.recipe.losses import LDAM
 from tunesmith.recipe.model import TrainTokenizer
 from tunesmith.recipe.parallel import FSDP2
+from tunesmith.recipe.remember import replayed_rows
 from tunesmith.recipe.tasks import FixedWeights, GradNorm, TogetherMixing
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ def _rows(recipe: Recipe) -> Iterator[Problem]:
     names = trained(recipe)
     if not isinstance(mixing, TogetherMixing) or not names:
         return
+    if mixing.epoch is not None and mixing.epoch not in names:
+        yield problem_at("multitask.mixing.epoch", f"is no task that is trained: {', '.join(names)}")
     if mixing.rows is None:
         if rows < len(names):
             yield problem_at(
@@ -160,6 +163,26 @@ def _rows(recipe: Recipe) -> Iterator[Problem]:
     elif sum(mixing.rows.values()) != rows:
         yield problem_at(
             key, f"{sum(mixing.rows.values())} rows in all are not training.global_batch_size: {rows}"
+        )
+
+
+def _replay(recipe: Recipe) -> Iterator[Problem]:
+    settings, rows = recipe.remember, recipe.training.global_batch_size
+    if settings is None or settings.replay is None:
+        return
+    key = "remember.replay.ratio"
+    if recipe.tasks:
+        yield problem_at(
+            "remember.replay", "and tasks exclude each other: make the old run a task (tasks.NAME.run)"
+        )
+    elif not 0 < replayed_rows(settings.replay, rows) < rows:
+        few, fix = (
+            ("old", f"{1 / rows:.2g} or more")
+            if settings.replay.ratio < 0.5
+            else ("new", f"{1 - 1 / rows:.2g} or less")
+        )
+        yield problem_at(
+            key, f"leaves no {few} row among {rows} (training.global_batch_size): set it to {fix}"
         )
 
 
@@ -210,7 +233,7 @@ def _strategies(recipe: Recipe) -> Iterator[Problem]:
     if recipe.regularization.r_drop is not None:
         yield problem_at("regularization.r_drop", "and tasks exclude each other: it knows one objective")
     if recipe.remember is not None:
-        for name in ("run", "ewc", "probes"):
+        for name in ("run", "ewc"):
             if getattr(recipe.remember, name):
                 yield problem_at(
                     f"remember.{name}", "is of one objective: make the finished run a task (tasks.NAME.run)"
@@ -236,6 +259,7 @@ RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"tasks", "multitask"}, _balancing),
     ({"multitask", "training", "parallel"}, _gradnorm),
     ({"tasks", "multitask", "training"}, _rows),
+    ({"tasks", "remember", "training"}, _replay),
     ({"tasks", "evaluation", "trainable"}, _elsewhere),
     ({"tasks", "trainable", "model"}, _together_with),
     ({"tasks", "distill", "regularization", "remember"}, _strategies),

@@ -85,10 +85,12 @@ class AnnealedMixing(Section):
 
 
 class TogetherMixing(Section):
-    """Every window has rows of every task: equally many, or as many as `rows` says of each."""
+    """Every window has rows of every task: equally many, or as many as `rows` says of each. An epoch is that of the
+    task `epoch`, or as many windows as it takes to have as many rows as all tasks have together."""
 
     type: Literal["together"]
     rows: dict[TaskName, Positive] | None = None
+    epoch: TaskName | None = None
 
 
 Mixing = Annotated[

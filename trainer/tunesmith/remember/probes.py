@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.adapters.merge import merge
-from tunesmith.commands.finished import FinishedRun, open_run
+from tunesmith.commands.finished import FinishedRun, open_run, read_recipe
 from tunesmith.data.prepare import Dataset, prepare
 from tunesmith.errors import UserError
 from tunesmith.evaluator import predict_rows
@@ -82,17 +82,22 @@ def split_of(data: Any, asked: Literal["eval", "test"] | None) -> Literal["eval"
 
 def probe_all(probes: Mapping[str, Probe], run_dir: Path) -> dict[str, dict[str, Any]]:
     """Each probe before and after the run in `run_dir`, whose final/ is written: what `Probed.as_json` says, by name,
-    and written to probes.json. On one process."""
+    and written to probes.json. A probe's run that is a task of this one has the head that was trained along. On one
+    process."""
     with unpartitioned():
-        trained = backbone_state(run_dir)
-        found = {name: _probe(name, probe, run_dir, trained).as_json() for name, probe in probes.items()}
+        tasks = {task.run: name for name, task in read_recipe(run_dir).tasks.items()}
+        trained = backbone_state(run_dir, next(iter(tasks.values()), None))
+        found = {
+            name: _probe(name, probe, run_dir, trained, tasks.get(probe.run)).as_json()
+            for name, probe in probes.items()
+        }
     (run_dir / "probes.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 
-def backbone_state(run_dir: Path) -> dict[str, Tensor]:
-    """The backbone of final/, adapters merged into it: on the CPU."""
-    run = open_run(run_dir)
+def backbone_state(run_dir: Path, task: str | None = None) -> dict[str, Tensor]:
+    """The backbone of final/, adapters merged into it: on the CPU. Of a run of several tasks that of `task`."""
+    run = open_run(run_dir, task=task)
     model: nn.Module = run.model
     if run.recipe.trainable.adapters:
         model = merge(model)
@@ -102,14 +107,19 @@ def backbone_state(run_dir: Path) -> dict[str, Tensor]:
     return found
 
 
-def _probe(name: str, probe: Probe, run_dir: Path, trained: Mapping[str, Tensor]) -> Probed:
+def _probe(name: str, probe: Probe, run_dir: Path, trained: Mapping[str, Tensor], task: str | None) -> Probed:
     run = open_run(Path(probe.run))
     split = split_of(run.recipe.data, probe.split)
     datasets = prepare(run.recipe.data, run.run_dir, run.objective, tokenizer_hash(run.tokenizer))
     dataset = datasets[split]
     rows = min(len(dataset), probe.limit or len(dataset))
     before = _metrics(run, dataset, rows, f"probe {name}, before")
-    _put(name, run.model, trained, run_dir / OLD_HEAD)
+    if task is None:
+        _put(name, run.model, trained, run_dir / OLD_HEAD)
+    else:
+        along = open_run(run_dir, task=task)
+        run.model.load_state_dict(along.model.state_dict())
+        along.engine.close()
     after = _metrics(run, dataset, rows, f"probe {name}, after")
     run.engine.close()
     return Probed(probe.run, split, rows, before, after)

@@ -82,6 +82,7 @@ def join_streams(
     """The stream of all, by the recipe's mixing."""
     mixing, windows = recipe.multitask.mixing, [one.steps_per_epoch for one in streams.values()]
     schedule = Schedule(list(streams), shares(mixing, windows, 1))
-    stream = TaskStream(dataset, streams, objective, schedule)
+    epoch = mixing.epoch if isinstance(mixing, TogetherMixing) else None
+    stream = TaskStream(dataset, streams, objective, schedule, epoch)
     schedule.shares = shares(mixing, windows, count_steps(recipe, stream))  # which annealing needs
     return stream

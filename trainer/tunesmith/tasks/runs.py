@@ -11,13 +11,15 @@ from tunesmith.recipe import Recipe
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.model import Model
 from tunesmith.recipe.tasks import Task
+from tunesmith.tasks.replay import replayed
 
 _LEARNT = ("labels", "problem")  # what an objective learnt from its training rows that the recipe can say
 
 
 def read_runs(recipe: Recipe, base: Path) -> Recipe:
-    """The recipe with what the finished runs of its tasks say written out. Raises UserError for a folder that is no
-    such run."""
+    """The recipe with what the finished runs of its tasks say written out, `remember.replay` as tasks. Raises UserError
+    for a folder that is no such run."""
+    recipe = replayed(recipe)
     tasks = {
         name: task if task.run is None else _read(name, task, base / task.run)
         for name, task in recipe.tasks.items()

@@ -20,8 +20,8 @@ class TaskStream(Stream):
     """The interface of a Stream over the `streams` of the tasks that are trained. Rows have their numbers in the joint
     data set. Every micro-step is of one task, the same on every rank.
 
-    An epoch is as many steps as it takes to have as many rows as the tasks have per epoch together. A task has epochs
-    of its own: its n-th window here is its n-th one alone."""
+    An epoch is as many steps as it takes to have as many rows as the tasks have per epoch together, or that of the task
+    `epoch`, which is in every window. A task has epochs of its own: its n-th window here is its n-th one alone."""
 
     def __init__(
         self,
@@ -29,12 +29,14 @@ class TaskStream(Stream):
         streams: Mapping[str, Stream],
         objective: TaskObjective,
         schedule: Schedule,
+        epoch: str | None = None,
     ) -> None:
         first = next(iter(streams.values()))
         order = Order(dataset.segments, first.order.window_rows, first.order.seed)
         super().__init__(dataset, order, objective, first.per_device, None)
         self.streams = dict(streams)
         self.schedule = schedule
+        self.epoch = epoch
         self.joint = dataset.joint
         self.facts = {
             f"{name}/{key}": fact for name, one in streams.items() for key, fact in one.facts.items()
@@ -46,6 +48,8 @@ class TaskStream(Stream):
 
     @cached_property
     def steps_per_epoch(self) -> int:
+        if self.epoch is not None:
+            return self.streams[self.epoch].steps_per_epoch
         if self.schedule.shares is not None:
             return sum(stream.steps_per_epoch for stream in self.streams.values())
         orders = [stream.order for stream in self.streams.values()]
