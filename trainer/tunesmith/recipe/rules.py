@@ -3,7 +3,7 @@ without effect is a fault only where the recipe gives it (`model_fields_set`), n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tunesmith.recipe import (
@@ -12,6 +12,7 @@ from tunesmith.recipe import (
     rules_distill,
     rules_losses,
     rules_regularization,
+    rules_remember,
     rules_sampling,
     rules_tasks,
     rules_trainable,
@@ -19,6 +20,7 @@ from tunesmith.recipe import (
 from tunesmith.recipe.faults import Problem, problem_at
 
 if TYPE_CHECKING:
+    from tunesmith.recipe.data import Source
     from tunesmith.recipe.root import Recipe
 
 _PACKABLE = {"causal_lm", "sft"}
@@ -67,15 +69,25 @@ def _split(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _formats(recipe: Recipe) -> Iterator[Problem]:
-    allowed = _FORMATS[recipe.objective.type]
     for part in ("train", "eval", "test"):
-        for index, source in enumerate(getattr(recipe.data, part)):
-            if source.format not in allowed:
-                yield problem_at(
-                    f"data.{part}.{index}.format",
-                    f"objective {recipe.objective.type} does not read {source.format}; it reads "
-                    + ", ".join(sorted(allowed)),
-                )
+        yield from _unread(recipe, f"data.{part}", getattr(recipe.data, part))
+
+
+def _old_formats(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.remember is not None and recipe.remember.ewc is not None:
+        yield from _unread(recipe, "remember.ewc.data", recipe.remember.ewc.data or [])
+
+
+def _unread(recipe: Recipe, key: str, sources: Sequence[Source]) -> Iterator[Problem]:
+    """The sources whose rows the objective cannot make anything of."""
+    allowed = _FORMATS[recipe.objective.type]
+    for index, source in enumerate(sources):
+        if source.format not in allowed:
+            yield problem_at(
+                f"{key}.{index}.format",
+                f"objective {recipe.objective.type} does not read {source.format}; it reads "
+                + ", ".join(sorted(allowed)),
+            )
 
 
 def _doc_stride(recipe: Recipe) -> Iterator[Problem]:
@@ -232,6 +244,7 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"data"}, _group_by_length),
     ({"data"}, _split),
     ({"data", "objective"}, _formats),
+    ({"remember", "objective"}, _old_formats),
     ({"data", "objective"}, _doc_stride),
     ({"objective"}, _masking),
     ({"objective"}, _regression),
@@ -249,6 +262,7 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     *rules_losses.RULES,
     *rules_distill.RULES,
     *rules_regularization.RULES,
+    *rules_remember.RULES,
     *rules_sampling.RULES,
     *rules_tasks.RULES,
     *rules_trainable.RULES,

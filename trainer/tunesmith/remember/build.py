@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from tunesmith.commands.finished import read_recipe
+from tunesmith.errors import UserError
 from tunesmith.parts import StepPart, Strategies
+from tunesmith.recipe import Recipe
 from tunesmith.recipe.remember import EWC, L2SP, Anchor
 from tunesmith.remember.anchored import Anchored, Interpolated, Strength
 from tunesmith.remember.importance import Importance, backbone_names, importance
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from tunesmith.strategies import Building
 
 _MODULE = "model."  # where the model lies in the module that is trained
+_SHAPES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def build(building: Building) -> Strategies:
@@ -27,6 +33,9 @@ def build(building: Building) -> Strategies:
     settings = building.recipe.remember
     if settings is None:
         return Strategies()
+    check_probes(probes_of(settings))
+    if settings.run is not None:
+        _check_beginning(building.recipe, Path(settings.run), building.built.model.config)
     model: nn.Module = building.built.model
     new = frozenset(_MODULE + name for name in building.built.facts.get("new_weights", []))
     steps: list[StepPart] = []
@@ -41,12 +50,30 @@ def build(building: Building) -> Strategies:
         facts["fisher"] = {"rows": found.rows, "labels": settings.ewc.labels, "file": str(found.file)}
     if settings.wise_ft is not None:
         steps.append(Interpolated(settings.wise_ft.alpha, new))
-    check_probes(probes_of(settings))
     found = Strategies(steps=tuple(steps), facts={"remember": facts} if facts else {})
     if settings.lwf is not None:
         assert settings.run is not None
         found |= build_lwf(building, settings.lwf, Path(settings.run))
     return found
+
+
+def _check_beginning(recipe: Recipe, run: Path, config: Any) -> None:
+    """Raises UserError where this run does not begin as the remembered one ended, with its backbone."""
+    key, name = "remember.run", recipe.model.model_name_or_path
+    if read_recipe(run).trainable.adapters:
+        raise UserError(
+            f"{key}: {run} trained adapters, and what is remembered is a whole model: train the run without them"
+        )
+    if name is None or os.path.realpath(name) != os.path.realpath(run / "final"):
+        raise UserError(
+            f"{key}: {run} is not what the run begins with ({name}): set model.model_name_or_path: {run / 'final'}"
+        )
+    stored = json.loads((run / "final" / "config.json").read_text(encoding="utf-8"))
+    changed = [f for f in _SHAPES if f in stored and getattr(config, f, None) not in (None, stored[f])]
+    if changed:
+        raise UserError(
+            f"{key}: another backbone than that of {run}: leave {', '.join(changed)} out of model.config"
+        )
 
 
 def _l2_sp(settings: L2SP, model: nn.Module, new: frozenset[str]) -> Anchored:

@@ -72,6 +72,7 @@ def importance(building: Building, settings: EWC, remember: Remember) -> Importa
         about = {
             **source.about,
             "settings": settings.model_dump(include={"rows", "labels"}),
+            "drawn": remember.seed,
             "v": __version__,
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]
