@@ -53,6 +53,10 @@ def holding(section: str, entry: str) -> str:
         "trainable.head": f"{SMALL}trainable: {{head: {{{entry}}}}}\n",
         "trainable.adapters": f"{SMALL}trainable: {{adapters: [{{{entry}}}]}}\n",
         "trainable.unfreeze": f"{SMALL}trainable: {{unfreeze: {{{entry}}}}}\n",
+        **{
+            f"remember.{way}": f"{SMALL}remember: {{run: o, {way}: {{{entry}}}}}\n"
+            for way in ("l2_sp", "anchor", "ewc", "lwf", "replay")
+        },
     }.get(section, f"{SMALL}{section}: {{{entry}}}\n")
 
 

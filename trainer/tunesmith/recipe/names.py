@@ -184,13 +184,31 @@ _OURS = {
     "regularization.gradient_noise": "grad_noise gradient_noise_scale gradient_noise_std grad_noise_std",
     "regularization.max_norm: {value: 3.0}": """max_norm_constraint maxnorm weight_max_norm max_weight_norm
         kernel_constraint""",
+    "remember.run": "remember.path remember.model remember.old_model remember.previous_run",
+    "remember.l2_sp: {weight: 0.01}": """l2sp l2_sp_alpha l2_sp_weight pretrain_decay
+        pretrained_weight_decay recadam""",
+    "remember.l2_sp.weight": "remember.l2_sp.alpha remember.l2_sp.lambda remember.l2_sp.coefficient",
+    "remember.l2_sp.new_weight": "remember.l2_sp.beta",
+    "remember.anchor: {weight: 0.1, factor: 0.5}": "layerwise_anchor layer_wise_anchor layer_anchoring",
+    "remember.anchor.factor": "remember.anchor.decay remember.anchor.gamma",
+    "remember.ewc: {weight: 1000}": "ewc_lambda use_ewc ewc_weight fisher_weight si_lambda mas_lambda",
+    "remember.ewc.weight": "remember.ewc.lambda remember.ewc.ewc_lambda remember.ewc.importance remember.ewc.alpha",
+    "remember.ewc.rows": "fisher_samples remember.ewc.samples remember.ewc.num_samples remember.ewc.limit",
+    "remember.ewc.labels: data": "empirical_fisher remember.ewc.empirical remember.ewc.mode",
+    "remember.lwf: {weight: 1.0, temperature: 2.0}": """use_lwf lwf_alpha lwf_temperature
+        lwf_lambda learning_without_forgetting""",
+    "remember.lwf.weight": "remember.lwf.alpha remember.lwf.lambda",
+    "remember.replay: {ratio: 0.1}": """replay_ratio mem_size memory_size replay_buffer_size replay_buffer
+        use_replay experience_replay rehearsal rehearsal_ratio batch_size_mem""",
+    "remember.replay.ratio": "remember.replay.fraction remember.replay.share remember.replay.weight",
+    "remember.wise_ft: {alpha: 0.5}": "wiseft wise_ft_alpha weight_interpolation interpolation_alpha",
     "schedule.lr_scheduler_type": """lr_scheduler scheduler scheduler_type lr_schedule lr_scheduler_name
         learning_rate_scheduler schedule.type schedule.name""",
     "schedule.warmup_steps": """num_warmup_steps lr_warmup_steps warmup_num_steps n_warmup_steps .warmup
         schedule.warmup training.warmup optim.warmup""",
     "schedule.warmup_ratio": "warmup_fraction warmup_proportion warmup_pct lr_warmup_ratio",
     "schedule.min_lr_ratio": "min_lr min_learning_rate cosine_min_lr_ratio lr_end min_lr_rate",
-    "training.num_train_epochs": "num_epochs epochs n_epochs epoch max_epochs train_epochs num_train_epoch",
+    "training.num_train_epochs": "num_epochs epochs n_epochs .epoch training.epoch max_epochs train_epochs num_train_epoch",
     "training.max_steps": """max_train_steps num_train_steps num_steps total_steps train_steps train_iters
         .steps training.steps schedule.steps max_steps_per_epoch""",
     "training.global_batch_size": """global_train_batch_size total_batch_size effective_batch_size
