@@ -113,6 +113,29 @@ def describe(folder: Path) -> None:
     )
 
 
+def test_what_was_remembered_is_a_table(tmp_path: Path) -> None:
+    probe = {
+        "run": f"runs/{EVIL}",
+        "split": "test",
+        "rows": 1234,
+        "before": {"loss": 0.5, "accuracy": 0.8125},
+        "after": {"loss": math.inf, "accuracy": 0.75},
+    }
+    play(tmp_path, step(1), RunEnded("done", "done", 1, {"probes": {"old": probe}}))
+    html, shown = (tmp_path / "report.html").read_text(encoding="utf-8"), page(tmp_path)
+    assert shown.open == []
+    assert "<script>alert" not in html
+    table = html[html.index("Remembered") : html.index("1,234 test rows of runs/")]
+    cells = [re.findall(r">([^<>]*)</td>", row) for row in re.findall(r"<tr.*?</tr>", table)]
+    assert ["old", "accuracy", "0.8125", "0.75", "-0.0625"] in cells
+    assert ["old", "loss", "0.5", "–", "–"] in cells
+
+
+def test_a_run_without_probes_has_no_such_table(tmp_path: Path) -> None:
+    play(tmp_path, step(1), RunEnded("done", "done", 1, {}))
+    assert "Remembered" not in page(tmp_path).text
+
+
 def test_the_report_of_a_whole_run(tmp_path: Path) -> None:
     describe(tmp_path)
     baseline = {"eval": {"accuracy": 0.0131}, "test": {"accuracy": 0.0129}}

@@ -208,7 +208,8 @@ _OURS = {
         schedule.warmup training.warmup optim.warmup""",
     "schedule.warmup_ratio": "warmup_fraction warmup_proportion warmup_pct lr_warmup_ratio",
     "schedule.min_lr_ratio": "min_lr min_learning_rate cosine_min_lr_ratio lr_end min_lr_rate",
-    "training.num_train_epochs": "num_epochs epochs n_epochs .epoch training.epoch max_epochs train_epochs num_train_epoch",
+    "training.num_train_epochs": """num_epochs epochs n_epochs .epoch training.epoch max_epochs
+        train_epochs num_train_epoch""",
     "training.max_steps": """max_train_steps num_train_steps num_steps total_steps train_steps train_iters
         .steps training.steps schedule.steps max_steps_per_epoch""",
     "training.global_batch_size": """global_train_batch_size total_batch_size effective_batch_size

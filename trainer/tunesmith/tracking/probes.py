@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from tunesmith.tracking.report_html import html_table, panel
+
 
 def probe_rows(probes: Mapping[str, Mapping[str, Any]]) -> list[dict[str, object]]:
     """One row per probe and metric: before, after and what became of it."""
@@ -22,27 +24,9 @@ def probe_section(probes: Mapping[str, Mapping[str, Any]]) -> str:
     """The same as a part of the report; empty where there is no probe."""
     if not probes:
         return ""
-    lines = [
-        "<tr>"
-        + "".join(
-            f"<td>{escape(str(cell))}</td>"
-            if isinstance(cell, str)
-            else f'<td class="num">{_number(cell)}</td>'
-            for cell in row.values()
-        )
-        + "</tr>"
-        for row in probe_rows(probes)
-    ]
+    rows = [list(row.values()) for row in probe_rows(probes)]
     about = "; ".join(
-        f"{escape(name)}: {probe['rows']:,} {escape(probe['split'])} rows of {escape(probe['run'])}"
-        for name, probe in probes.items()
+        f"{name}: {probe['rows']:,} {probe['split']} rows of {probe['run']}" for name, probe in probes.items()
     )
-    head = "".join(f"<th>{name}</th>" for name in ("probe", "metric", "before", "after", "change"))
-    return (
-        f'<section class="panel"><h2>Remembered</h2><p>{about}</p>'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></section>"
-    )
-
-
-def _number(value: object) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    table = html_table(["probe", "metric", "before", "after", "change"], rows)
+    return panel("Remembered", f'{table}<p class="note">{escape(about)}</p>')

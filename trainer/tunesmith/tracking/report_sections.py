@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from tunesmith.tracking.probes import probe_section
 from tunesmith.tracking.report_charts import Point, Series, line_chart, smooth
 from tunesmith.tracking.report_facts import memory, what_ran
 from tunesmith.tracking.report_html import html_table, panel, score
@@ -51,7 +52,8 @@ class Run:
 
 def body(run: Run) -> str:
     """All sections; one without content is left out."""
-    sections = [_header(run), _cards(run), _results(run), _curves(run), _evaluations(run)]
+    sections = [_header(run), _cards(run), _results(run), probe_section(run.summary.get("probes", {}))]
+    sections += [_curves(run), _evaluations(run)]
     other = run.beside
     their_name, theirs = ("", {}) if other is None else (other.name, other.decided)
     sections.append(decisions(run.decided, theirs, their_name))
