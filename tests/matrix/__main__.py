@@ -17,24 +17,25 @@ import torch
 
 from tests.matrix import (
     matrix_cells,
+    matrix_models,
     matrix_proof,
     matrix_table,
     strategy_cells,
     strategy_proof,
+    strategy_settings,
     strategy_table,
 )
-from tests.matrix.matrix_models import build_workshop
 from tests.numerics.rank_pool import LivingPools
 
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
-SUBJECTS: dict[str, tuple[Any, Any, Any]] = {
-    "adapters": (matrix_cells, matrix_proof, matrix_table),
-    "strategies": (strategy_cells, strategy_proof, strategy_table),
+SUBJECTS: dict[str, tuple[Any, Any, Any, Any]] = {
+    "adapters": (matrix_models, matrix_cells, matrix_proof, matrix_table),
+    "strategies": (strategy_settings, strategy_cells, strategy_proof, strategy_table),
 }
 
 
 def main(subject: str, words: list[str]) -> int:
-    cells, proof, table = SUBJECTS[subject]
+    models, cells, proof, table = SUBJECTS[subject]
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # PEFT's and transformers' own, of the loading that is not ours
     chosen = [cell for cell in cells.CELLS if all(word in str(cell) for word in words)]
@@ -49,7 +50,7 @@ def main(subject: str, words: list[str]) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             workshop = Path(folder)
-            build_workshop(workshop)
+            models.build_workshop(workshop)
             for number, cell in enumerate(chosen, start=1):
                 started = time.perf_counter()
                 record = proof.prove(cell, workshop, pools)

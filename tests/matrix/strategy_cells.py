@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pydantic import ValidationError
+
+from tests.matrix.strategy_settings import STRATEGIES, Fragment, Sections, Strategy
 from tests.numerics.objective_cases import CASES, SGD, Case, Layout, recipe
 from tunesmith.recipe import Recipe
+from tunesmith.recipe.translate import translate
 
 STEPS, MIDDLE = 6, 3
 RANKS = 2
@@ -27,22 +32,12 @@ OBJECTIVES = {
 }
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
-Fragment = dict[str, Any]
+SPLIT, SPREAD = Layout(2), Layout(4, world_size=RANKS)
+"""The windows of 16 rows in 8 micro-batches; on both ranks, two each."""
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """`sections`: of a recipe, over those of the case; a function takes the workshop and the case. `on`: the objective
-    on which the engines are tried. `random`: draws by micro-batch (dropout), so that another split of the window
-    gives other numbers. `eval`: needs evaluation rows."""
-
-    sections: Fragment | Callable[[Path, Case], Fragment]
-    on: str = "single label"
-    random: bool = False
-    eval: bool = False
-
-    def of(self, workshop: Path, case: Case) -> Fragment:
-        return self.sections(workshop, case) if callable(self.sections) else self.sections
+class RefusedError(Exception):
+    """The recipe's own rules refuse the cell; what a user is told."""
 
 
 @dataclass(frozen=True)
@@ -61,70 +56,58 @@ class Cell:
         return STRATEGIES[self.strategy]
 
     @property
+    def alone(self) -> Cell:
+        """The same objective in one process."""
+        return Cell(self.strategy, self.settings.on) if self.column in ENGINES else self
+
+    @property
     def case(self) -> Case:
-        return OBJECTIVES[self.settings.on if self.column in ENGINES else self.column]
+        return OBJECTIVES[self.alone.column]
+
+    @property
+    def run_name(self) -> str:
+        return re.sub(r"\W+", "-", str(self))
 
     def __str__(self) -> str:
         return f"{self.strategy} | {self.column}"
 
 
-def old_rows(workshop: Path, case: Case) -> list[Fragment]:
-    path = workshop / "data" / f"{case.file}.jsonl"
-    return [{"path": str(path), "format": case.format, "limit": 8}]
-
-
-def _remember(**parts: Any) -> Fragment:
-    return {"remember": parts}
-
-
-def _ewc(workshop: Path, case: Case) -> Fragment:
-    return _remember(ewc={"weight": 0.1, "rows": 8, "labels": "data", "data": old_rows(workshop, case)})
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "averaging: ema": Strategy({"averaging": {"type": "ema", "decay": 0.5}}),
-    "averaging: swa": Strategy({"averaging": {"type": "swa", "start": 2}}),
-    "remember: l2_sp": Strategy(_remember(l2_sp={"weight": 0.5})),
-    "remember: anchor": Strategy(_remember(anchor={"weight": 0.5})),
-    "remember: ewc": Strategy(
-        lambda workshop, case: _remember(
-            ewc={"weight": 0.1, "rows": 8, "labels": "data", "data": old_rows(workshop, case)}
-        )
-    ),
-    "remember: wise_ft": Strategy(_remember(wise_ft={"alpha": 0.5})),
-}
-
 CELLS = [Cell(strategy, column) for column in (*OBJECTIVES, *ENGINES) for strategy in STRATEGIES]
 
 
-def cell_recipe(
-    cell: Cell,
-    workshop: Path,
-    run_name: str,
-    *,
-    plain: bool = False,
-    accumulated: bool = False,
-    alone: bool = False,
-) -> Recipe:
-    """Six steps of SGD, saved in the middle. `plain`: without the strategy; `accumulated`: in small micro-batches;
-    `alone`: an engine's cell in one process. Raises pydantic's ValidationError where the recipe's own rules refuse
-    the cell."""
-    case, strategy = cell.case, cell.settings
-    spread = cell.engine != "single" and not alone
-    layout = Layout(4, world_size=RANKS) if spread else Layout(2 if accumulated else 16)
+def _of(sections: Sections, workshop: Path, case: Case) -> Fragment:
+    return sections(workshop, case) if callable(sections) else sections
+
+
+def plain_recipe(cell: Cell, workshop: Path) -> Recipe:
+    """The cell's run in one process without the strategy; equal ones have one name."""
+    beside = _of(cell.settings.beside, workshop, cell.case)
+    name = hashlib.sha256(json.dumps(beside, sort_keys=True).encode()).hexdigest()[:8]
     sections: Fragment = {
         "checkpoint": {"save_steps": MIDDLE, "save_total_limit": None, "final": "last"},
         "output_dir": str(workshop / "runs"),
-        "run_name": run_name,
+        "run_name": f"plain-{cell.case.name}-{name}",
     }
-    if spread:
-        sections["parallel"] = {"strategy": cell.engine}
-    if strategy.random:
-        sections["model"] = {"dropout": 0.1}
-    if strategy.eval:
-        sections["data"] = {"eval": old_rows(workshop, case)}
-    if not plain:
-        for name, section in strategy.of(workshop, case).items():
-            merged = isinstance(section, dict) and name in sections
-            sections[name] = {**sections[name], **section} if merged else section
-    return recipe(workshop, case, SGD, layout, STEPS, **sections)
+    return recipe(workshop, cell.case, SGD, Layout(16), STEPS, **sections | beside)
+
+
+def cell_recipe(cell: Cell, workshop: Path, layout: Layout | None = None) -> Recipe:
+    """Six steps of SGD, saved in the middle; on an engine or, with the layout of SPLIT, in small micro-batches. Raises
+    RefusedError."""
+    values = plain_recipe(cell, workshop).model_dump(exclude_unset=True)
+    if cell.engine != "single":
+        layout, values["parallel"] = SPREAD, {"strategy": cell.engine}
+    if layout is not None:
+        values["training"]["per_device_train_batch_size"] = layout.micro_batch
+    values["run_name"] = cell.run_name + ("-split" if layout is SPLIT else "")
+    for name, section in _of(cell.settings.sections, workshop, cell.case).items():
+        if section is None:
+            del values[name]
+        else:
+            values[name] = {**values.get(name, {}), **section}
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        told = [f"{problem.key}: {problem.message}" for problem in translate(error.errors(), values)]
+        rules = [str(one["ctx"]["error"]) for one in error.errors() if not one["loc"] and "ctx" in one]
+        raise RefusedError("; ".join("\n".join([*told, *rules]).splitlines())) from None

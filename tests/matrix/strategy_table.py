@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.matrix.strategy_cells import CELLS, ENGINES, MIDDLE, OBJECTIVES, STEPS, STRATEGIES, Cell
+from tests.matrix.strategy_cells import CELLS, ENGINES, MIDDLE, OBJECTIVES, STEPS, Cell
 from tests.matrix.strategy_proof import SAME, Record
+from tests.matrix.strategy_settings import STRATEGIES, Strategy
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS, PAGE = DOCS / "strategies-matrix.json", DOCS / "strategies-matrix.md"
@@ -22,12 +23,15 @@ Written by `make matrix MATRIX=strategies` from the records of its runs \
 Every cell is a run of {STEPS} steps, and what is left of it. ✓ says that
 
 - the strategy has an effect: the weights are not those of the plain run;
-- the losses and the gradient's norms do not depend on how a window is split, to {SAME:g}: in 8 micro-batches instead \
-of one; on two processes as on one;
+- losses, norms of the gradient and weights do not depend on how a window is split, to {SAME:g}: in 8 micro-batches \
+instead of one; on two processes as on one;
 - the run, stopped after step {MIDDLE} and resumed, ends with the same bits.
 
 The figure is the largest relative difference between the splits; – where the strategy draws by micro-batch (dropout), \
 so that splits differ as two seeds do. A cell that is refused says why, with exit code 2, before anything is trained.
+
+Not here: back-translation, which an untrained model cannot do (tests/numerics/test_augment_runs.py has it); adapters, \
+freezing and unfreezing ([their own table](adapters-matrix.md)).
 """
 
 
@@ -42,13 +46,24 @@ def page(results: dict[str, Any]) -> str:
         "## One process, every objective",
         _table(tuple(OBJECTIVES), found, reasons),
         "## Two processes",
-        "On single-label classification, or where that is refused on the strategy's own objective.",
+        "On single-label classification, or on an objective that the strategy is for: "
+        + "; ".join(f"{on} ({names})" for on, names in _elsewhere().items())
+        + ".",
         _table(ENGINES, found, reasons),
         *(["## Reasons"] if reasons else []),
         "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)),
         f"Versions: {versions}.",
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _elsewhere() -> dict[str, str]:
+    """The strategies that are tried on another objective, by that objective."""
+    found: dict[str, list[str]] = {}
+    for name, strategy in STRATEGIES.items():
+        if strategy.on != Strategy.on:
+            found.setdefault(strategy.on, []).append(name)
+    return {on: ", ".join(names) for on, names in found.items()}
 
 
 def _reason(record: Record) -> str:
