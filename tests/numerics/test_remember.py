@@ -185,6 +185,26 @@ def test_wise_ft_lies_between(train: Run, workshop: Path) -> None:
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
 
 
+def test_wise_ft_lies_between_the_beginning_and_the_average(train: Run, workshop: Path) -> None:
+    """Where `final/` has the average of the weights, that is what is mixed with what the run began with."""
+    ema = {"averaging": {"type": "ema", "decay": 0.8, "warmup": False}}
+    average = train("single_label", SGD, WHOLE, STEPS, **ema)
+    between = train("single_label", SGD, WHOLE, STEPS, remember={"wise_ft": {"alpha": 0.25}}, **ema)
+    start = plain_model(workshop, CASES["single_label"]).state_dict()
+    for name, value in between.weights.items():
+        expected = 0.75 * start[name].double() + 0.25 * average.weights[name].double()
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_another_seed_draws_other_rows(train: Run, old_rows: dict[str, Any]) -> None:
+    """Also where the information of the first seed lies on disk."""
+    rows = [{**old_rows["data"][0], "limit": 24}]
+    asked = {"weight": 30.0, "rows": 6, "labels": "data", "data": rows}
+    one = train("single_label", SGD, WHOLE, 4, remember={"ewc": asked, "seed": 0})
+    other = train("single_label", SGD, WHOLE, 4, remember={"ewc": asked, "seed": 1})
+    assert one.curve("penalty/ewc")[1:] != other.curve("penalty/ewc")[1:]
+
+
 def test_answers_are_drawn_from_what_the_model_predicts() -> None:
     """Over many draws, the labels have the probabilities that the model gives them; where there is no label there
     stays none."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from rank_pool import Pools
 from test_plain_loop import inputs, several_labels
 from test_strategies_resume import interrupted
 from tunesmith.commands.finished import open_run
+from tunesmith.errors import UserError
 from tunesmith.run import Resume, run
 
 ENGINES = {"ddp": {"strategy": "ddp"}, **SHARDED}
@@ -153,6 +156,7 @@ def test_a_probe_has_the_old_runs_own_figures(workshop: Path, pools: Pools, old:
         last = next(row for row in reversed(own) if "eval_loss" in row)
         assert probed["before"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
         assert probed["before"]["accuracy"] == last["eval_accuracy"]
+        assert "Remembered" in (workshop / "runs" / name / "report.html").read_text(encoding="utf-8")
         if rate == 0.0:
             assert probed["after"] == probed["before"]
         else:
@@ -168,6 +172,33 @@ def test_a_probe_has_the_old_runs_own_figures(workshop: Path, pools: Pools, old:
             ]
             assert probed["after"]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
             assert probed["after"]["loss"] != pytest.approx(probed["before"]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"model": {"model_name_or_path": "linked"}}, "is not what the run begins with"),
+        ({"model": {"config": {"num_hidden_layers": 1}}}, "leave num_hidden_layers out of model.config"),
+        ({"remember": {"run": "nowhere"}, "model": {"model_name_or_path": "nowhere/final"}}, "nowhere"),
+        ({"remember": {"probes": {"old": {"run": "old", "split": "test"}}}}, "probes.old: the run has no test rows"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_remembered_is_told_before_the_training(
+    workshop: Path, old: Path, tmp_path: Path, sections: dict[str, Any], said: str
+) -> None:
+    for name in ("old", "linked"):
+        shutil.copytree(old, tmp_path / name, dirs_exist_ok=True)
+    model = {"model_name_or_path": "old/final", **sections.get("model", {})}
+    remember = {"run": "old", **sections.get("remember", {})}
+    if model["model_name_or_path"] == "linked":  # another folder by its content only
+        (tmp_path / "linked" / "final").rename(tmp_path / "linked" / "weights")
+        model["model_name_or_path"] = str(tmp_path / "linked" / "weights")
+    made = recipe(
+        workshop, CASES["multi_label"], SGD, WHOLE, 1, model=model, remember=remember, run_name="unremembered"
+    ).model_copy(update={"output_dir": str(tmp_path / "runs")})  # fmt: skip
+    with pytest.raises(UserError, match=re.escape(said)):
+        run(made, tmp_path, Resume())
+    assert not (tmp_path / "runs" / "unremembered" / "metrics.jsonl").exists()
 
 
 def texts(workshop: Path) -> list[tuple[str, str]]:
