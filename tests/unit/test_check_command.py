@@ -246,3 +246,30 @@ def test_looked_at_rows_are_spread() -> None:
     assert spread(5, 10).tolist() == [0, 1, 2, 3, 4]
     assert spread(101, 3).tolist() == [0, 50, 100]
     assert spread(1, 4).tolist() == [0]
+
+
+def test_strategies_are_rehearsed(make_recipe: MakeRecipe, found: Any) -> None:
+    """What a strategy computes in every step is computed, its average counted on the disk."""
+    saves = {"save_steps": 1, "save_total_limit": 1, "final": "last"}
+    plain = found(make_recipe("single_label", checkpoint=saves))
+    findings = found(
+        make_recipe(
+            "single_label",
+            checkpoint=saves,
+            regularization={"l2": 0.01, "sharpness": {"type": "sam", "rho": 0.05}},
+            averaging={"type": "ema", "decay": 0.5},
+            remember={"l2_sp": {"weight": 0.1}},
+        )
+    )
+    assert errors(findings) == []
+    assert text(findings, "strategies") == "in every step: l2, sharpness, l2_sp, averaging"
+    assert text(plain, "strategies") == ""
+    assert text(findings, "disk") != text(plain, "disk")
+
+
+def test_a_strategy_that_cannot_be_built_is_an_error(
+    make_recipe: MakeRecipe, found: Any, tmp_path: Path
+) -> None:
+    gone = tmp_path / "no_run"
+    (one,) = errors(found(make_recipe("single_label", remember={"probes": {"old": {"run": str(gone)}}})))
+    assert (one.topic, one.text.startswith("remember.probes.old: ")) == ("strategies", True)

@@ -474,7 +474,7 @@ def test_numbers(value: float, shown: str) -> None:
 
 
 def test_sizes() -> None:
-    assert [size(n) for n in (512, 1536, 3 * 2**30)] == ["512 B", "1.5 KiB", "3 GiB"]
+    assert [size(n) for n in (512, 1012, 1536, 3 * 2**30)] == ["512 B", "1012 B", "1.5 KiB", "3 GiB"]
 
 
 def test_secrets_are_redacted_wherever_they_stand() -> None:

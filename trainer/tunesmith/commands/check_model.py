@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from torch import nn
 
 from tunesmith.assemble import Assembled, assemble
 from tunesmith.batch import Batch
+from tunesmith.commands.check_disk import disk_finding, save_count
+from tunesmith.commands.check_strategies import begin, rehearsed, strategy_findings
 from tunesmith.commands.findings import Finding, attempt, error, fine, from_exception, warning
 from tunesmith.data.prepare import Dataset
 from tunesmith.data.stream import Stream
@@ -28,6 +29,7 @@ from tunesmith.memory import free_memory_bytes, peak_memory_bytes
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective
 from tunesmith.optim import Spec
+from tunesmith.parts import Strategies
 from tunesmith.planning.optimizers import BF16_STATE_BYTES
 from tunesmith.precision import choose, round_parameters
 from tunesmith.recipe import Recipe
@@ -35,6 +37,7 @@ from tunesmith.recipe.advice import close
 from tunesmith.run import best_metric, build_stream, count_steps
 from tunesmith.startup import check_packing, probe
 from tunesmith.step import train_step
+from tunesmith.strategies import Building, build_strategies
 from tunesmith.tracking.text import duration, size
 from tunesmith.trainable import apply_trainable
 
@@ -74,6 +77,31 @@ def model_findings(
     for one in sizes:
         held = f"{size(one.bytes)} in this process" if one.bytes else "not held while it trains"
         yield fine("teacher", f"{one.known.name}, {one.parameters:,} parameters, {held}")
+    stream = attempt("data", lambda: build_stream(recipe, datasets["train"], objective))
+    if isinstance(stream, Finding):
+        yield stream
+        return
+    steps = count_steps(recipe, stream)
+    strategies = attempt(
+        "strategies",
+        lambda: build_strategies(
+            Building(
+                rehearsed(recipe),
+                base,
+                loaded,
+                objective,
+                tokenizer,
+                dict(datasets),
+                stream,
+                steps,
+                engine.device,
+            )
+        ),
+    )
+    if isinstance(strategies, Finding):
+        yield strategies
+        return
+    yield from strategy_findings(recipe, strategies)
     frozen = attempt("trainable", lambda: apply_trainable(loaded.model, recipe.trainable))
     if isinstance(frozen, Finding):
         yield frozen
@@ -84,13 +112,9 @@ def model_findings(
     yield from found
     if any(one.level == "error" for one in found):
         return
-    head = attempt("optim", lambda: _prepare(recipe, engine, loaded, objective))
+    head = attempt("optim", lambda: _prepare(recipe, engine, loaded, objective, strategies, stream))
     if isinstance(head, Finding):
         yield head
-        return
-    stream = attempt("data", lambda: build_stream(recipe, datasets["train"], objective))
-    if isinstance(stream, Finding):
-        yield stream
         return
     # as a run does it: what is measured next is the loss that will be trained
     kernels = attempt("kernels", lambda: fuse_loss(engine, stream, head))
@@ -98,7 +122,7 @@ def model_findings(
         yield kernels
         return
     yield from (fine("kernels", f"{op}: {how}") for op, how in kernels.items())
-    yield from _computed(recipe, run_dir, engine, stream, "eval" in datasets)
+    yield from _computed(recipe, run_dir, engine, stream, strategies, "eval" in datasets)
     if "eval" in datasets:
         yield from _metrics(recipe, engine, objective, datasets["eval"])
 
@@ -154,18 +178,28 @@ def _predicted_memory(recipe: Recipe, model: nn.Module, engine: Engine) -> Itera
         yield error("memory", text, "take a smaller model, or freeze a part of it", 3)
 
 
-def _prepare(recipe: Recipe, engine: Engine, loaded: Assembled, objective: Objective) -> FusedHead | str:
+def _prepare(
+    recipe: Recipe,
+    engine: Engine,
+    loaded: Assembled,
+    objective: Objective,
+    strategies: Strategies,
+    stream: Stream,
+) -> FusedHead | str:
     head = choose_head(recipe, loaded.model, objective)
     precision, _ = choose(recipe.training.precision, engine.device)
-    module = TrainModule(loaded.model, objective, precision)
+    module = TrainModule(
+        loaded.model, objective, precision, strategies.terms, strategies.forward, strategies.own
+    )
     spec = Spec.of(recipe)
     round_parameters(loaded.model, spec.parameter_dtype)
     engine.prepare(module, loaded.fill, spec)
+    begin(strategies, engine, stream)
     return head
 
 
 def _computed(
-    recipe: Recipe, run_dir: Path, engine: Engine, stream: Stream, has_eval: bool
+    recipe: Recipe, run_dir: Path, engine: Engine, stream: Stream, strategies: Strategies, has_eval: bool
 ) -> Iterator[Finding]:
     """Forward, backward and an update (with a learning rate of 0) are run on the longest batch, then on a few others,
     which gives the time."""
@@ -178,7 +212,11 @@ def _computed(
     rows = min(stream.per_device, len(stream.dataset))
     shape = f"{rows} × {facts['longest_row_tokens']} tokens"
     # after it the optimizer has its state, too
-    _step(recipe, engine, stream, stream.batch([[int(stream.dataset.table.lengths().argmax())]] * rows, 0, 0))
+    longest = stream.batch([[int(stream.dataset.table.lengths().argmax())]] * rows, 0, 0)
+    tried = attempt("memory", lambda: _step(recipe, engine, strategies, longest))
+    if isinstance(tried, Finding):
+        yield tried
+        return
     peak = size(peak_memory_bytes(engine.device))
     yield fine("memory", f"the longest batch ({shape}) ran, {duration(seconds)}, peak {peak} in this process")
     if unused := facts["unused_parameters"]:
@@ -193,23 +231,25 @@ def _computed(
             else fine("packing", f"packed rows do not see each other (the logits differ by {packed:.0e})")
         )
     steps = count_steps(recipe, stream)
-    total = _mean_step_seconds(recipe, engine, stream) * steps
+    total = _mean_step_seconds(recipe, engine, stream, strategies) * steps
     yield fine(
         "time",
         f"roughly {duration(total)} for {steps:,} steps on {engine.device} in one process, without evaluations and "
         "saves (extrapolated from a few batches)",
     )
-    saves = _saves(recipe, steps, stream.steps_per_epoch, has_eval)
-    yield _disk(recipe, run_dir, engine, saves, keeps_best=has_eval and recipe.checkpoint.final == "best")
+    saves = save_count(recipe, steps, stream.steps_per_epoch, has_eval)
+    yield disk_finding(
+        recipe, run_dir, engine, saves, keeps_best=has_eval and recipe.checkpoint.final == "best"
+    )
 
 
-def _step(recipe: Recipe, engine: Engine, stream: Stream, batch: Batch) -> float:
+def _step(recipe: Recipe, engine: Engine, strategies: Strategies, batch: Batch) -> float:
     """Seconds of one micro-batch with an update that changes nothing."""
     started = time.perf_counter()
     result = train_step(
         engine,
         [batch],
-        stream.objective.terms,
+        engine.train_module.terms,
         step=0,
         seed=recipe.training.seed,
         learning_rate=0.0,
@@ -217,12 +257,13 @@ def _step(recipe: Recipe, engine: Engine, stream: Stream, batch: Batch) -> float
         scale=LossScale(engine.train_module.precision == "fp16", engine.device),
         broken=torch.zeros((), device=engine.device),
         stop=False,
+        strategies=strategies,
     )
     float(result.norm)  # waits for the device
     return time.perf_counter() - started
 
 
-def _mean_step_seconds(recipe: Recipe, engine: Engine, stream: Stream) -> float:
+def _mean_step_seconds(recipe: Recipe, engine: Engine, stream: Stream, strategies: Strategies) -> float:
     """Of a step's middle micro-batch, times its micro-batches, over steps spread through the first epoch."""
     last = stream.steps_per_epoch - 1
     steps = sorted({last * i // max(1, _TIMED_STEPS - 1) for i in range(_TIMED_STEPS)})
@@ -231,44 +272,8 @@ def _mean_step_seconds(recipe: Recipe, engine: Engine, stream: Stream) -> float:
     for step in steps:
         cells = stream.cells(step, 1)
         (cell,) = cells[len(cells) // 2]
-        seconds.append(_step(recipe, engine, stream, stream.batch(cell, 0, 0)) * len(cells))
+        seconds.append(_step(recipe, engine, strategies, stream.batch(cell, 0, 0)) * len(cells))
     return sum(seconds) / len(seconds)
-
-
-def _saves(recipe: Recipe, steps: int, steps_per_epoch: int, has_eval: bool) -> int:
-    """At most: what `save_steps` asks for, the last step, and each evaluation that could be the best."""
-
-    def times(every: int | str | None) -> int:
-        return 0 if every is None else steps // (steps_per_epoch if every == "epoch" else int(every))
-
-    best = has_eval and recipe.checkpoint.final == "best"
-    return times(recipe.checkpoint.save_steps) + 1 + (times(recipe.evaluation.eval_steps) if best else 0)
-
-
-def _disk(recipe: Recipe, run_dir: Path, engine: Engine, saves: int, *, keeps_best: bool) -> Finding:
-    """The most that lies on the disk at once: the kept checkpoints, the best one, the one that is being written, and
-    final/."""
-    weights = sum(value.nbytes for value in engine.train_module.model.state_dict().values())
-    state = _tensor_bytes(engine.optimizer_state())
-    kept = min(saves, (recipe.checkpoint.save_total_limit or saves) + 1 + keeps_best)
-    needed = kept * (weights + state) + weights
-    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    text = f"up to {size(needed)} ({kept} × {size(weights + state)} of checkpoints, and final/), {size(free)} free"
-    fix = "lower checkpoint.save_total_limit, make room, or set output_dir"
-    return fine("disk", text) if needed < free else error("disk", text, fix, 3)
-
-
-def _tensor_bytes(state: Any) -> int:
-    match state:
-        case torch.Tensor():
-            return state.nbytes
-        case Mapping():
-            return sum(_tensor_bytes(value) for value in state.values())
-        case list() | tuple():
-            return sum(_tensor_bytes(value) for value in state)
-        case _:
-            return 0
 
 
 def _metrics(recipe: Recipe, engine: Engine, objective: Objective, dataset: Dataset) -> Iterator[Finding]:

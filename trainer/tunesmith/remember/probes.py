@@ -62,6 +62,7 @@ def check_probes(probes: Mapping[str, Probe]) -> None:
     for name, probe in probes.items():
         key = f"remember.probes.{name}"
         try:
+            read_recipe(Path(probe.run))  # what is no run is told so first
             weights_folder(Path(probe.run))
             described = describe_run(Path(probe.run))
             split_of(described.recipe.data, probe.split)

@@ -72,7 +72,7 @@ def size(count: float) -> str:
     """Bytes as `3.21 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
-            return f"{count:.3g} {unit}"
+            return f"{count:.3g} {unit}" if abs(count) < 999.5 else f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
 
