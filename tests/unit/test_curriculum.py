@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from transformers import AutoTokenizer
 
 from tests.numerics.objective_cases import CASES, SGD, Layout, open_stream, recipe
 from tunesmith.commands.finished import open_run
@@ -199,6 +200,18 @@ def test_a_run_by_the_loss_of_a_finished_one(workshop: Path, trained: Any, make_
     nowhere = {**curriculum, "reference": str(workshop / "nothing")}
     with pytest.raises(UserError, match=r"data\.curriculum\.reference: .*not the folder of a run"):
         open_stream(make_recipe("single_label", data={"curriculum": nowhere}), workshop)
+
+
+def test_how_rows_were_cut_last_is_no_part_of_a_tokenizer(workshop: Path, tmp_path: Path) -> None:
+    """A run that encodes its rows saves the tokenizer with the length that it cut them to."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(workshop / "models" / "bert_mlm")
+    before = tokenizer_hash(tokenizer)
+    tokenizer("amber river stone", truncation=True, max_length=4, padding="max_length")
+    tokenizer.save_pretrained(tmp_path)
+    saved: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.backend_tokenizer.truncation["max_length"] == 4
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(saved) == before
+    assert saved.backend_tokenizer.truncation["max_length"] == 4
 
 
 @pytest.mark.parametrize("packing", [False, True])

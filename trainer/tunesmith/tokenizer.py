@@ -47,15 +47,26 @@ def tokenizer_for(recipe: Recipe, base: Path) -> tuple[Any, list[str]]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of everything that shapes token ids and rendered chats."""
+    """Of everything that shapes token ids and rendered chats. How rows are cut and padded is no part of it: each call
+    says it anew, and the last one's stays in the object and in what is saved of it."""
     digest = hashlib.sha256()
     if tokenizer.is_fast:
-        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+        digest.update(_uncut(tokenizer.backend_tokenizer).to_str().encode())
     else:
         digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     for value in (tokenizer.special_tokens_map, tokenizer.chat_template, type(tokenizer).__name__):
         digest.update(json.dumps(value, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _uncut(backend: Any) -> Any:
+    """The tokenizer without the settings of its last call; itself where it has none."""
+    if backend.truncation is None and backend.padding is None:
+        return backend
+    copy = type(backend).from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def _texts(example: Example) -> Iterator[str]:
