@@ -152,7 +152,7 @@ def _remember(**parts: Any) -> Fragment:
 
 def _ewc(workshop: Path, case: Case) -> Fragment:
     rows = [source(workshop, case, limit=8)]
-    return _remember(ewc={"weight": 30.0, "rows": 8, "labels": "data", "data": rows})
+    return _remember(ewc={"weight": 0.3, "rows": 8, "labels": "data", "data": rows})
 
 
 def _partner(case: Case) -> Case:

@@ -97,6 +97,11 @@ class OldHead(ForwardPart):
                 f"{_KEY}: the old run's backbone is a {type(backbone).__name__}, and this run's a "
                 f"{type(trained).__name__}: set model.model_name_or_path to the final/ of remember.run"
             )
+        if _pools(backbone) and not _pools(trained):
+            raise UserError(
+                f"{_KEY}: the old head reads the pooled output of {type(backbone).__name__}, which "
+                f"{type(model).__name__} does not compute: hold on to the weights instead (remember.ewc or l2_sp)"
+            )
         setattr(old, prefix, Read())
         head = copy.deepcopy(old)
         setattr(old, prefix, backbone)
@@ -143,6 +148,10 @@ def _backbone(model: nn.Module) -> nn.Module:
     if hasattr(inner, "peft_config"):
         inner = inner.get_base_model()
     return inner.base_model
+
+
+def _pools(backbone: Any) -> bool:
+    return getattr(backbone, "pooler", None) is not None
 
 
 def build_lwf(building: Building, settings: LwF, run: Path) -> Strategies:
