@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from tests.numerics.objective_cases import ADAMW, CASES, WHOLE, Case, recipe
 from tests.numerics.tiny_data import ROWS, build_data, write
 from tests.numerics.tiny_models import build_models, byte_bpe, llama_config
+from tunesmith.recipe.losses import TOKENS, VOCABULARY
 from tunesmith.run import Resume, run
 
 Fragment = dict[str, Any]
@@ -28,7 +29,8 @@ def far(logits, labels):
     return -torch.log_softmax(logits / 2, -1).gather(-1, labels[:, None])[:, 0]
 
 def squares(logits, labels, mask):
-    return ((logits - labels) ** 2 * mask).sum(-1)
+    assert mask.dtype is torch.bool
+    return ((logits - labels) ** 2).sum(-1)
 """
 _SYNONYMS = {
     "amber": ["copper"],
@@ -151,8 +153,10 @@ def _remember(**parts: Any) -> Fragment:
 
 
 def _ewc(workshop: Path, case: Case) -> Fragment:
+    """Of a row of many tokens the squared gradient is larger by far."""
     rows = [source(workshop, case, limit=8)]
-    return _remember(ewc={"weight": 0.3, "rows": 8, "labels": "data", "data": rows})
+    weight = 0.3 if case.objective["type"] in {*VOCABULARY, TOKENS} else 30.0
+    return _remember(ewc={"weight": weight, "rows": 8, "labels": "data", "data": rows})
 
 
 def _partner(case: Case) -> Case:
