@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tunesmith.gradients import local_square_sum
 from tunesmith.parts import StepPart
+from tunesmith.regularization.penalties import penalty
 from tunesmith.shard_sums import over_shards
 
 if TYPE_CHECKING:
@@ -58,9 +60,18 @@ class Anchored(StepPart):
                 continue
             centre = self._centres.get(shard.name)
             apart = shard.value.float() if centre is None else shard.value.float() - centre
-            pull = apart * strength
-            shard.gradient.add_((pull * scale.to(pull.device)).to(shard.gradient.dtype))
-            total += 0.5 * (pull.double() * apart.double()).sum().to(total.device) / shard.copies
+            factor = scale.to(apart.device)
+            if isinstance(strength, float):
+                half = local_square_sum([apart]) * (strength / 2)
+                pull, factor = apart, factor * strength
+            else:
+                pull = apart * strength
+                half = penalty("l1", pull * apart) / 2  # of which no element is negative
+            if shard.gradient.dtype == torch.float32:
+                shard.gradient.addcmul_(pull, factor)
+            else:
+                shard.gradient.add_((pull * factor).to(shard.gradient.dtype))
+            total += half.to(total.device) / shard.copies
         return over_shards(self._engine, total)
 
 
