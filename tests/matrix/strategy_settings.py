@@ -124,7 +124,10 @@ def _corn_model(workshop: Path, case: Case) -> Fragment:
 
 def _length_schedule(workshop: Path, case: Case) -> Fragment:
     longer = "cut" if case.name == "causal_lm" else "wait"
-    return {"data": {"max_length_schedule": {"stages": [{"until": 4, "max_length": 48}], "longer": longer}}}
+    shorter = case.data.get("max_length", 64) * 3 // 4
+    return {
+        "data": {"max_length_schedule": {"stages": [{"until": 4, "max_length": shorter}], "longer": longer}}
+    }
 
 
 def _by_loss(workshop: Path, case: Case) -> Fragment:
