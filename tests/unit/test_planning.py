@@ -156,9 +156,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 def test_the_plan_of_adapters_is_what_the_allocator_hands_out(name: str) -> None:
     settings = ADAPTERS[name]
     measured, _ = measure(Case("measured", LLAMA, length=32, **settings))
-    # in bf16 the CPU's matrix products have some 100 KB of their own, which count in a model of 2 MB
-    tolerance = 0.05 if settings.get("precision") == "bf16" else 0.02
-    assert planned(found(**settings)).total == pytest.approx(measured, rel=tolerance)
+    # in bf16 the CPU's matrix products have up to 200 KB of their own, by its kind, which count in a model of 2 MB
+    own = 200_000 if settings.get("precision") == "bf16" else 0
+    total = planned(found(**settings)).total
+    assert 0.98 * measured - own <= total <= 1.02 * measured
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "loftq", "orthogonal"])

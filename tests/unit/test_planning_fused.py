@@ -93,9 +93,9 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_the_workspace_is_what_the_allocator_hands_out_within_the_operator(name: str) -> None:
     call = CALLS[name]
-    # oneDNN packs bf16 operands into memory of the allocator's, a few 100 KB, which is no formula of ours
-    slack = 600_000 if call.dtype == BF16 else 64
     measured, expected = peak_of(call), workspace(call).total
+    # oneDNN packs bf16 operands into memory of the allocator's, as much as the kind of CPU wants: no formula of ours
+    slack = max(600_000, expected // 50) if call.dtype == BF16 else 64
     assert -64 <= measured - expected <= slack, (measured, expected)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
-from tunesmith.averaging import state_bytes as average_bytes
+from tunesmith.planning.beside import per_weight
 from tunesmith.planning.optimizers import BF16_STATE_BYTES, state_bytes
 from tunesmith.planning.quantised import eight_bit_bytes, four_bit_bytes
 from tunesmith.recipe import Recipe
@@ -53,8 +53,7 @@ def _row(group: Mapping[str, Any], held: _Held, recipe: Recipe) -> Row:
         rounded = BF16_STATE_BYTES.get(recipe.training.precision)
         whole = state_bytes(recipe.optim, shapes) if rounded is None else rounded * numel
         gradients = ceil(weights * held.gradients)
-        averaged = 0 if recipe.averaging is None else average_bytes(numel)
-        state = ceil((whole + held.copy * numel + averaged) * held.state)
+        state = ceil((whole + (held.copy + per_weight(recipe)) * numel) * held.state)
     return found | {"weights": ceil(weights * held.weights), "gradients": gradients, "optimizer": state}
 
 

@@ -17,6 +17,7 @@ from tunesmith.fusing import choose_head
 from tunesmith.model import resolve_path
 from tunesmith.planning.activations import Profile, Variant, profile, traced, vocabulary_of
 from tunesmith.planning.adapters import attached
+from tunesmith.planning.beside import beside
 from tunesmith.planning.layers import cut, find_stacks, uncut
 from tunesmith.planning.quantised import quantise
 from tunesmith.planning.tasks import Shape, source_length, target_length, task_of
@@ -150,6 +151,8 @@ def inspect(recipe: Recipe, base: Path, *, precision: str | None = None, config:
             if isinstance(head, FusedHead)
             else f"the loss is computed from whole logits: {head}"
         )
+    held = beside(recipe, base)
+    notes += held.notes
     stacks = find_stacks(model)
     root, layers = units_of(model, stacks)
     found.workload = Workload(
@@ -166,6 +169,7 @@ def inspect(recipe: Recipe, base: Path, *, precision: str | None = None, config:
         sum(b.numel() * b.element_size() for b in model.buffers()),
         bool(model.supports_gradient_checkpointing),
         vocabulary_of(config),
+        held,
     )
     return found
 

@@ -141,16 +141,17 @@ def estimate(workload: Workload, setup: Setup, profile: Profile) -> Breakdown:
     from tunesmith.planning import sharded, whole, zero
     from tunesmith.recipe.parallel import DDP, FSDP2, Single, Zero1, Zero2, Zero3
 
-    found = places(profile, setup.rows)
+    found = places(profile, setup.rows * workload.beside.views)
     match setup.parallel:
         case Single() | DDP():
-            return largest(whole.moments(workload, setup, found))
+            peak = largest(whole.moments(workload, setup, found))
         case FSDP2():
-            return largest(sharded.moments(workload, setup, found))
+            peak = largest(sharded.moments(workload, setup, found))
         case Zero1() | Zero2() | Zero3():
-            return largest(zero.moments(workload, setup, found))
+            peak = largest(zero.moments(workload, setup, found))
         case _:
             raise AssertionError("auto is no strategy yet")
+    return replace(peak, weights=peak.weights + workload.beside.on_one(setup.world_size))
 
 
 def norm_bytes(setup: Setup, elements: float) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import UserError
+from tunesmith.planning.beside import per_weight_from_the_start
 from tunesmith.planning.inspect import inspect
 from tunesmith.planning.memory import PARTS, Setup, estimate
 from tunesmith.recipe import Recipe
@@ -53,7 +54,8 @@ def _predicted(recipe: Recipe, base: Path, built: Built) -> dict[str, Any]:
     variant = found.variant(recipe.parallel, checkpointing, built.device)
     profile = found.profile(variant)
     memory = estimate(found.workload, setup, profile)
-    stateless = replace(found.workload, optim=SGD(name="sgd", learning_rate=1.0))
+    there = replace(found.workload.beside, per_weight=per_weight_from_the_start(recipe))
+    stateless = replace(found.workload, optim=SGD(name="sgd", learning_rate=1.0), beside=there)
     before_a_step = estimate(stateless, setup, profile).total
     beside = max(0, built.process_peak - round(before_a_step))
     return {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tunesmith.planning.memory import Breakdown, Place, Setup, norm_bytes, unit_of
-from tunesmith.planning.optimizers import state_bytes, temporaries
+from tunesmith.planning.optimizers import temporaries
 from tunesmith.planning.workload import Unit, Workload
 from tunesmith.recipe.parallel import FSDP2
 
@@ -54,7 +54,7 @@ def moments(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
     slices = 4.0 * sum(unit.trained_shard(shards) for unit in units)
     held = Breakdown(
         weights=4.0 * sum(unit.shard(shards) for unit in units) + workload.buffers,
-        optimizer=state_bytes(workload.optim, local),
+        optimizer=workload.state_bytes(local),
     )
     if setup.parallel.offload:
         held, slices = Breakdown(weights=workload.buffers), 0.0

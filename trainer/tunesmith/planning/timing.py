@@ -66,7 +66,7 @@ def duration(workload: Workload, setup: Setup, profile: Profile, device: Device,
     speed = (device.full if workload.precision == "fp32" else device.half) * ARITHMETIC
     seconds = 0.0
     for part, _ in profile.expanded():
-        table = part.at(setup.rows)
+        table = part.at(setup.rows * workload.beside.views)
         flops, moved = float(table[:, 3].sum()), float(table[:, 4].sum())
         kernels = int((table[:, 4] > 0).sum())
         seconds += max(flops / speed, moved / (device.memory * BANDWIDTH), kernels * LAUNCH)

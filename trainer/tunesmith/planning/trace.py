@@ -31,7 +31,9 @@ def check(found: Inspected, row: Row) -> Check:
     """What is held and moved for communication is the strategy's closed form in both."""
     setup = row.setup
     variant = found.variant(setup.parallel, setup.checkpointing, setup.device)
-    traced = estimate(found.workload, setup, found.traced(variant, setup.rows)).total
+    traced = estimate(
+        found.workload, setup, found.traced(variant, setup.rows * found.workload.beside.views)
+    ).total
     closed = row.memory.total
     low, high = min(closed, traced) * (1 - UNCERTAINTY), max(closed, traced) * (1 + UNCERTAINTY)
     return Check(closed, traced, low, high)

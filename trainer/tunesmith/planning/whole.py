@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tunesmith.planning.memory import Breakdown, Place, Setup, norm_bytes
-from tunesmith.planning.optimizers import state_bytes, temporaries
+from tunesmith.planning.optimizers import temporaries
 from tunesmith.planning.workload import Workload
 from tunesmith.recipe.parallel import DDP
 
@@ -18,7 +18,7 @@ def moments(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
     gradients = 4.0 * workload.trainable
     held = Breakdown(
         weights=workload.stored + workload.buffers,
-        optimizer=state_bytes(workload.optim, shapes),
+        optimizer=workload.state_bytes(shapes),
         buffers=gradients if isinstance(setup.parallel, DDP) else 0.0,
     )
     done = 0.0

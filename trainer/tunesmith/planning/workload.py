@@ -3,12 +3,15 @@ tokenizer nor weights are needed for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from torch import nn
 
+from tunesmith.planning.beside import PLAIN, Beside
 from tunesmith.planning.layers import Stack
+from tunesmith.planning.optimizers import state_bytes
 from tunesmith.planning.tasks import Shape, Task
 from tunesmith.recipe.kernels import Kernels
 from tunesmith.recipe.optim import Optim
@@ -81,6 +84,7 @@ class Workload:
     buffers: int  # bytes of the model's buffers
     can_checkpoint: bool
     vocabulary: int
+    beside: Beside = PLAIN
 
     @property
     def units(self) -> list[Unit]:
@@ -97,6 +101,11 @@ class Workload:
     @property
     def stored(self) -> int:
         return sum(unit.stored for unit in self.units)
+
+    def state_bytes(self, shapes: Sequence[tuple[int, ...]]) -> float:
+        """What the optimizer and strategies keep for trained tensors of these shapes."""
+        kept = self.beside.per_weight * sum(prod(shape) for shape in shapes)
+        return state_bytes(self.optim, shapes) + kept
 
 
 def units_of(model: nn.Module, stacks: list[Stack]) -> tuple[Unit, tuple[tuple[Unit, ...], ...]]:

@@ -11,7 +11,7 @@ from math import ceil
 import numpy as np
 
 from tunesmith.planning.memory import Breakdown, Place, Setup, norm_bytes, unit_of
-from tunesmith.planning.optimizers import state_bytes, temporaries
+from tunesmith.planning.optimizers import temporaries
 from tunesmith.planning.workload import Parameter, Workload
 from tunesmith.planning.zero_gather import EMBEDDING, HEAD, Asked, Gathers, simulate
 from tunesmith.recipe.parallel import Zero1, Zero2, Zero3
@@ -66,7 +66,7 @@ def _stages_1_and_2(workload: Workload, setup: Setup, found: list[Place]) -> Ite
     everything = 4.0 * workload.trainable
     held = Breakdown(weights=workload.stored + workload.buffers)
     if not setup.parallel.offload_optimizer:
-        held = replace(held, optimizer=4.0 * sum(parts) + state_bytes(workload.optim, flats))
+        held = replace(held, optimizer=4.0 * sum(parts) + workload.state_bytes(flats))
     accumulates = setup.accumulation(workload) > 1
     for again in (False, True) if accumulates else (False,):
         done, in_bucket, large, reduced = 0.0, 0.0, 0.0, False
@@ -166,7 +166,7 @@ def _stage3(workload: Workload, setup: Setup, found: list[Place]) -> Iterator[Br
     if setup.parallel.offload_parameters:
         held = replace(held, weights=workload.buffers)
     if not setup.parallel.offload_optimizer:
-        held = replace(held, optimizer=trained + state_bytes(workload.optim, flats), gradients=trained)
+        held = replace(held, optimizer=trained + workload.state_bytes(flats), gradients=trained)
     gathers = simulate(workload, setup.bucket)
     in_bucket = 0.0
     gloo = (
