@@ -67,19 +67,20 @@ def replace_answers(
 def _build(
     building: Building, known: Known, source: CompanionSource, settings: SequenceLevel, folder: Path
 ) -> None:
+    # generating asks too whether a model is partitioned, and then waits for the other ranks, which wait on the lock
     with unpartitioned():
         teacher: Any = source.whole()
-    teacher.requires_grad_(False).eval().to(building.device)
-    table = building.stream.dataset.table
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        rows = track(_rows(building, teacher, settings), f"answers of {known.name}, rows", len(table))
-        kinds = write_table(temporary, rows, table.kinds)
-        finish_table(temporary, kinds, table.meta)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        teacher.requires_grad_(False).eval().to(building.device)
+        table = building.stream.dataset.table
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            rows = track(_rows(building, teacher, settings), f"answers of {known.name}, rows", len(table))
+            kinds = write_table(temporary, rows, table.kinds)
+            finish_table(temporary, kinds, table.meta)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _rows(building: Building, teacher: Any, settings: SequenceLevel) -> Iterator[Encoded]:
