@@ -178,7 +178,11 @@ def test_a_probe_has_the_old_runs_own_figures(workshop: Path, pools: Pools, old:
     ("sections", "said"),
     [
         ({"model": {"model_name_or_path": "linked"}}, "is not what the run begins with"),
-        ({"model": {"config": {"num_hidden_layers": 1}}}, "leave num_hidden_layers out of model.config"),
+        ({"model": {"config": {"num_hidden_layers": 1}}}, "remember.run: another backbone than that of "),
+        (
+            {"model": {"config": {"num_hidden_layers": 1}}, "remember": {"run": None, "probes": {"x": {"run": "old"}}}},
+            "remember.probes.x: another backbone than that of ",
+        ),
         ({"remember": {"run": "nowhere"}, "model": {"model_name_or_path": "nowhere/final"}}, "nowhere"),
         ({"remember": {"probes": {"old": {"run": "old", "split": "test"}}}}, "probes.old: the run has no test rows"),
     ],

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from tunesmith.commands.finished import read_recipe
 from tunesmith.errors import UserError
 from tunesmith.parts import StepPart, Strategies
 from tunesmith.recipe import Recipe
@@ -17,7 +15,7 @@ from tunesmith.recipe.remember import EWC, L2SP, Anchor
 from tunesmith.remember.anchored import Anchored, Interpolated, Strength
 from tunesmith.remember.importance import Importance, backbone_names, importance
 from tunesmith.remember.lwf import build_lwf
-from tunesmith.remember.probes import check_probes, probes_of
+from tunesmith.remember.probes import check_probes
 from tunesmith.trainable.structure import Structure
 
 if TYPE_CHECKING:
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from tunesmith.strategies import Building
 
 _MODULE = "model."  # where the model lies in the module that is trained
-_SHAPES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def build(building: Building) -> Strategies:
@@ -33,9 +30,9 @@ def build(building: Building) -> Strategies:
     settings = building.recipe.remember
     if settings is None:
         return Strategies()
-    check_probes(probes_of(settings))
+    check_probes(settings, building.built.model.config)
     if settings.run is not None:
-        _check_beginning(building.recipe, Path(settings.run), building.built.model.config)
+        _check_beginning(building.recipe, Path(settings.run))
     model: nn.Module = building.built.model
     new = frozenset(_MODULE + name for name in building.built.facts.get("new_weights", []))
     steps: list[StepPart] = []
@@ -57,22 +54,13 @@ def build(building: Building) -> Strategies:
     return found
 
 
-def _check_beginning(recipe: Recipe, run: Path, config: Any) -> None:
-    """Raises UserError where this run does not begin as the remembered one ended, with its backbone."""
-    key, name = "remember.run", recipe.model.model_name_or_path
-    if read_recipe(run).trainable.adapters:
-        raise UserError(
-            f"{key}: {run} trained adapters, and what is remembered is a whole model: train the run without them"
-        )
+def _check_beginning(recipe: Recipe, run: Path) -> None:
+    """Raises UserError where this run does not begin as the remembered one ended."""
+    name = recipe.model.model_name_or_path
     if name is None or os.path.realpath(name) != os.path.realpath(run / "final"):
         raise UserError(
-            f"{key}: {run} is not what the run begins with ({name}): set model.model_name_or_path: {run / 'final'}"
-        )
-    stored = json.loads((run / "final" / "config.json").read_text(encoding="utf-8"))
-    changed = [f for f in _SHAPES if f in stored and getattr(config, f, None) not in (None, stored[f])]
-    if changed:
-        raise UserError(
-            f"{key}: another backbone than that of {run}: leave {', '.join(changed)} out of model.config"
+            f"remember.run: {run} is not what the run begins with ({name}): set model.model_name_or_path: "
+            f"{run / 'final'}"
         )
 
 

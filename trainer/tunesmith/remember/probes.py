@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.adapters.merge import merge
-from tunesmith.commands.finished import FinishedRun, open_run, read_recipe
+from tunesmith.commands.finished import (
+    FinishedRun,
+    describe_run,
+    open_run,
+    read_recipe,
+    weights_folder,
+)
 from tunesmith.data.prepare import Dataset, prepare
 from tunesmith.errors import UserError
 from tunesmith.evaluator import predict_rows
@@ -22,6 +28,7 @@ from tunesmith.tokenizer import tokenizer_hash
 from tunesmith.tracking.progress import track
 from tunesmith.unpartitioned import unpartitioned
 
+_SHAPES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OLD_HEAD = "old"
 """The folder in a run's that holds the old head, where it was trained along."""
 
@@ -55,19 +62,31 @@ def probes_of(settings: Remember | None) -> dict[str, Probe]:
     return {**own, **settings.probes}
 
 
-def check_probes(probes: Mapping[str, Probe]) -> None:
-    """Raises UserError where a probe has nothing to be measured on, before the training rather than after it."""
-    from tunesmith.commands.finished import describe_run, weights_folder
-
-    for name, probe in probes.items():
-        key = f"remember.probes.{name}"
+def check_probes(settings: Remember, config: Any) -> None:
+    """Raises UserError where a probe has nothing to be measured on, or is of another backbone than that of `config`,
+    before the training rather than after it."""
+    for name, probe in probes_of(settings).items():
+        key = f"remember.probes.{name}" if name in settings.probes else "remember.run"
         try:
-            read_recipe(Path(probe.run))  # what is no run is told so first
-            weights_folder(Path(probe.run))
-            described = describe_run(Path(probe.run))
-            split_of(described.recipe.data, probe.split)
+            _check(Path(probe.run), probe, config)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
+
+
+def _check(run: Path, probe: Probe, config: Any) -> None:
+    if read_recipe(run).trainable.adapters:
+        raise UserError(
+            f"{run} trained adapters, and what is remembered is a whole model: train the run without them"
+        )
+    weights_folder(run)
+    split_of(describe_run(run).recipe.data, probe.split)
+    stored = json.loads((run / "final" / "config.json").read_text(encoding="utf-8"))
+    changed = [f for f in _SHAPES if f in stored and getattr(config, f, None) not in (None, stored[f])]
+    if changed:
+        raise UserError(
+            f"another backbone than that of {run}: its {', '.join(changed)} "
+            f"{'is' if len(changed) == 1 else 'are'} not this model's (model.config)"
+        )
 
 
 def split_of(data: Any, asked: Literal["eval", "test"] | None) -> Literal["eval", "test"]:
