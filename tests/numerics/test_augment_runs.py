@@ -29,6 +29,7 @@ from objective_cases import (
     read_result,
     recipe,
 )
+from rank_pool import Pools
 from tunesmith.batch import Batch
 from tunesmith.data.augment.variants import prepare_variants
 from tunesmith.embedding_noise.cutoff import Cutoff, uniform
@@ -298,6 +299,19 @@ def test_back_translations_are_made_once_and_drawn(
     stream = open_stream(recipe(workshop, CASES["single_label"], SGD, WHOLE, 4, data=made), workshop)
     asked = settings.BackTranslation.model_validate(made["augment"][0])
     assert len(prepare_variants(asked, stream.dataset.table, torch.device("cpu"))) == len(stream.dataset)
+
+
+@pytest.mark.parametrize("strategy", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_one_rank_translates_for_all(workshop: Path, pools: Pools, tmp_path: Path, strategy: str) -> None:
+    """While the other waits for it: neither the translator nor its answers are shared out."""
+    augment = [{**BACK, "model": str(workshop / "models" / "t5"), "max_new_tokens": 4}]
+    made = recipe(
+        workshop, CASES["single_label"], SGD, TWO, 2, data={"augment": augment, "cache_dir": str(tmp_path)},
+        parallel={"strategy": strategy}, run_name=f"translated-{strategy}",
+    )  # fmt: skip
+    pools[2].run(made, workshop)
+    found = read_result(workshop / "runs" / made.run_name).facts["data"]["train"]["back_translation"]
+    assert found["texts"] > 0
 
 
 def test_models_that_cannot_translate_are_told(workshop: Path) -> None:

@@ -23,6 +23,7 @@ from tunesmith.data.table import Encoded, Table, finish_table, write_table
 from tunesmith.errors import UserError
 from tunesmith.recipe.augment import BackTranslation
 from tunesmith.tracking.progress import track
+from tunesmith.unpartitioned import unpartitioned
 
 _KEY = "data.augment.0"  # the rules have it first
 _FORMAT = 1  # of the cache
@@ -105,7 +106,8 @@ def _build(asked: BackTranslation, table: Table, device: torch.device, folder: P
     texts = sorted(
         {text for row in rows for text in row if text.strip()}, key=lambda text: (-len(text), text)
     )
-    variants = dict(_translated_back(asked, texts, device))
+    with unpartitioned():  # other ranks, which ZeRO-3 would build and generate with, wait on the lock
+        variants = dict(_translated_back(asked, texts, device))
     kept = {text: _others(text, found) for text, found in variants.items()}
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
