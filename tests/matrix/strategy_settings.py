@@ -28,9 +28,9 @@ import torch
 def far(logits, labels):
     return -torch.log_softmax(logits / 2, -1).gather(-1, labels[:, None])[:, 0]
 
-def squares(logits, labels, mask):
+def powers(logits, labels, mask):
     assert mask.dtype is torch.bool
-    return ((logits - labels) ** 2).sum(-1)
+    return ((logits - labels).abs() ** 1.5).sum(-1)
 """
 _SYNONYMS = {
     "amber": ["copper"],
@@ -106,7 +106,7 @@ def _class_balanced(workshop: Path, case: Case) -> Fragment:
 
 
 def _function(workshop: Path, case: Case) -> Fragment:
-    name = "squares" if case.file in {"multi", "number"} else "far"
+    name = "powers" if case.file in {"multi", "number"} else "far"
     return _loss("function", function=f"{workshop / 'losses.py'}:{name}")
 
 

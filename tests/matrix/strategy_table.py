@@ -22,7 +22,7 @@ Written by `make matrix MATRIX=strategies` from the records of its runs \
 
 Every cell is a run of {STEPS} steps, and what is left of it. ✓ says that
 
-- the strategy has an effect: the weights are not those of the plain run;
+- the strategy has an effect: the weights are not those of the plain run, or what is decided after it is not;
 - losses, norms of the gradient and weights do not depend on how a window is split, to {SAME:g}: in 8 micro-batches \
 instead of one; on two processes as on one;
 - the run, stopped after step {MIDDLE} and resumed, ends with the same bits.
