@@ -9,28 +9,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from contestant import Contestant, contestant
 
-from tunesmith import optim, regularization
-from tunesmith.assemble import assemble
-from tunesmith.data.prepare import prepare
-from tunesmith.data.stream import Stream
-from tunesmith.engine.single import SingleEngine
-from tunesmith.loss_scale import LossScale
-from tunesmith.module import TrainModule
-from tunesmith.objectives import build_objective
-from tunesmith.parts import Strategies
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
-from tunesmith.run import build_stream
-from tunesmith.step import train_step
-from tunesmith.strategies import Building
-from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -46,26 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Contestant:
-    engine: SingleEngine
-    stream: Stream
-    strategies: Strategies
-
-    def step(self, step: int) -> float:
-        """CPU seconds."""
-        engine = self.engine
-        batches = self.stream.batches(step, 0, 1, prefetch=False)
-        scale: Any = LossScale(False, engine.device)
-        started = time.process_time()
-        train_step(
-            engine, batches, engine.train_module.terms, step=step, seed=0, learning_rate=1e-4, max_grad_norm=1.0,
-            scale=scale, broken=torch.zeros(()), stop=False, strategies=self.strategies,
-        )  # fmt: skip
-        return time.process_time() - started
-
-
-def contestant(settings: dict[str, Any], rows: int, cache: str) -> Contestant:
+def built(settings: dict[str, Any], rows: int, cache: str) -> Contestant:
     source = {"path": "builtin:stdlib_docstrings", "format": "classification"}
     made = Recipe.model_validate(
         {
@@ -77,26 +43,7 @@ def contestant(settings: dict[str, Any], rows: int, cache: str) -> Contestant:
             "run_name": "bench",
         }
     )
-    base, engine = Path(), SingleEngine(torch.device("cpu"))
-    tokenizer, _ = tokenizer_for(made, base)
-    objective = build_objective(made, tokenizer)
-    datasets = prepare(made.data, base, objective, tokenizer_hash(tokenizer))
-    stream = build_stream(made, datasets["train"], objective)
-    built = assemble(made, base, objective, tokenizer, engine.device, empty=False)
-    found = regularization.build(
-        Building(made, base, built, objective, tokenizer, datasets, stream, 100, engine.device)
-    )
-    engine.prepare(
-        TrainModule(built.model, objective, "fp32", found.terms, found.forward),
-        built.fill,
-        optim.Spec.of(made),
-    )
-    for part in found.forward:
-        part.begin(engine)
-    for part in found.steps:
-        part.begin(engine, stream)
-    engine.module.train()
-    return Contestant(engine, stream, found)
+    return contestant(made)
 
 
 def main() -> None:
@@ -110,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_libraries()
     with tempfile.TemporaryDirectory() as cache:
-        runners = {name: contestant(SETTINGS[name], asked.rows, cache) for name in ["plain", *asked.only]}
+        runners = {name: built(SETTINGS[name], asked.rows, cache) for name in ["plain", *asked.only]}
         times = [{name: one.step(step) for name, one in runners.items()} for step in range(asked.steps + 1)][
             1:
         ]

@@ -10,32 +10,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from contestant import Contestant, contestant
 
-from tunesmith import optim
-from tunesmith.assemble import assemble
-from tunesmith.data.stream import Stream
-from tunesmith.engine.single import SingleEngine
-from tunesmith.loss_scale import LossScale
 from tunesmith.memory import peak_memory_bytes
-from tunesmith.module import TrainModule
-from tunesmith.objectives import build_objective
-from tunesmith.parts import Strategies
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
-from tunesmith.run import Resume, build_stream, run
-from tunesmith.startup import probe
-from tunesmith.step import train_step
-from tunesmith.strategies import Building, build_strategies
-from tunesmith.tasks.prepare import prepare_rows
-from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
+from tunesmith.run import Resume, run
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -46,25 +32,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wise_ft": {"wise_ft": {}},
     "auxiliary": {},
 }
-
-
-@dataclass
-class Contestant:
-    engine: SingleEngine
-    stream: Stream
-    strategies: Strategies
-
-    def step(self, step: int) -> float:
-        """CPU seconds."""
-        engine = self.engine
-        batches = self.stream.batches(step, 0, 1, prefetch=False)
-        scale: Any = LossScale(False, engine.device)
-        started = time.process_time()
-        train_step(
-            engine, batches, engine.train_module.terms, step=step, seed=0, learning_rate=1e-4, max_grad_norm=1.0,
-            scale=scale, broken=torch.zeros(()), stop=False, strategies=self.strategies,
-        )  # fmt: skip
-        return time.process_time() - started
 
 
 def recipe(folder: str, rows: int, name: str, **sections: Any) -> Recipe:
@@ -101,7 +68,7 @@ def auxiliary(folder: str, rows: int) -> Recipe:
     )
 
 
-def contestant(name: str, rows: int, folder: str) -> Contestant:
+def built(name: str, rows: int, folder: str) -> Contestant:
     old = {"model": {"model_name_or_path": f"{folder}/old/final"}}
     if name == "auxiliary":
         made = auxiliary(folder, rows)
@@ -109,30 +76,13 @@ def contestant(name: str, rows: int, folder: str) -> Contestant:
         made = recipe(folder, rows, "bench", **old)
     else:
         made = recipe(folder, rows, "bench", **old, remember={"run": f"{folder}/old", **SETTINGS[name]})
-    base, engine = Path(), SingleEngine(torch.device("cpu"))
-    tokenizer, _ = tokenizer_for(made, base)
-    objective = build_objective(made, tokenizer)
-    datasets = prepare_rows(made, base, objective, tokenizer_hash(tokenizer), engine.device)
-    stream = build_stream(made, datasets["train"], objective)
-    built = assemble(made, base, objective, tokenizer, engine.device, empty=False)
-    found = build_strategies(
-        Building(made, base, built, objective, tokenizer, datasets, stream, 100, engine.device)
-    )
-    module = TrainModule(built.model, objective, "fp32", found.terms, found.forward)
-    engine.prepare(module, built.fill, optim.Spec.of(made))
-    for part in found.forward:
-        part.begin(engine)
-    for part in found.steps:
-        part.begin(engine, stream)
-    probe(engine, stream)  # finds what a task's step does not use
-    engine.module.train()
-    return Contestant(engine, stream, found)
+    return contestant(made)
 
 
 def peak(name: str, rows: int, folder: str) -> int:
     torch.set_num_threads(1)
     quiet_libraries()
-    one = contestant(name, rows, folder)
+    one = built(name, rows, folder)
     for step in range(3):
         one.step(step)
     return peak_memory_bytes(one.engine.device)
@@ -152,7 +102,7 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
             pool.submit(run, recipe(folder, asked.rows, "old"), Path(), Resume()).result()
             peaks = {name: pool.submit(peak, name, asked.rows, folder).result() for name in SETTINGS}
-        runners = {name: contestant(name, asked.rows, folder) for name in SETTINGS}
+        runners = {name: built(name, asked.rows, folder) for name in SETTINGS}
         times = [{name: one.step(step) for name, one in runners.items()} for step in range(asked.steps + 1)]
     plain = statistics.median(row["plain"] for row in times[1:])
     print(f"plain step: {plain:.2f} s, peak {peaks['plain'] / 2**20:.0f} MiB")
