@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -242,3 +243,26 @@ def test_replayed_rows_are_a_second_task(workshop: Path) -> None:
     probed = json.loads((folder(made) / "probes.json").read_text())["old"]
     assert probed["after"]["loss"] == pytest.approx(evaluations(made)[-1]["eval_old_loss"], rel=1e-6)
     assert probed["before"]["loss"] == pytest.approx(evaluations(single)[-1]["eval_loss"], rel=1e-6)
+
+
+def test_a_probe_is_of_the_backbone_that_all_tasks_make(workshop: Path) -> None:
+    """Words are masked on a model without a pooler, the old topic is answered with one: the other task's."""
+    old = tasks_recipe(
+        workshop, "probed-x", tasks={"x": task(workshop, "single", "classification", "classification")}
+    )
+    plain = old.view("x").model_dump(mode="json", exclude={"tasks", "multitask"})
+    single = trained(Recipe.model_validate(plain | {"run_name": "probed-before"}), workshop)
+    model = {"model_name_or_path": str(folder(single) / "final")}
+    remember = {"probes": {"old": {"run": str(folder(single))}}}
+    words = task(workshop, "text", "text", "masked_lm")
+    topic = task(workshop, "multi", "classification", "classification")
+    made = {}
+    for name, tasks in {"both": {"topic": topic, "words": words}, "words": {"words": words}}.items():
+        recipe = tasks_recipe(workshop, f"probed-{name}", tasks=tasks, model=model, remember=remember)
+        made[name] = trained(recipe, workshop)
+    pooler = finals(made["both"])["topic"]["bert.pooler.dense.weight"]
+    own = load_file(folder(single) / "final" / "model.safetensors")["bert.pooler.dense.weight"]
+    assert not torch.equal(pooler, own)
+    for one in made.values():
+        probed = json.loads((folder(one) / "probes.json").read_text())["old"]
+        assert probed["after"]["loss"] != probed["before"]["loss"]

@@ -105,10 +105,13 @@ def probe_all(probes: Mapping[str, Probe], run_dir: Path) -> dict[str, dict[str,
     and written to probes.json. A probe's run that is a task of this one has the head that was trained along. On one
     process."""
     with unpartitioned():
-        tasks = {task.run: name for name, task in read_recipe(run_dir).tasks.items()}
-        trained = backbone_state(run_dir, next(iter(tasks.values()), None))
+        tasks = read_recipe(run_dir).tasks
+        trained: dict[str, Tensor] = {}
+        for task in tasks or (None,):  # a task's model has what its class has: some have no pooler
+            trained |= backbone_state(run_dir, task)
+        along = {task.run: name for name, task in tasks.items() if task.run is not None}
         found = {
-            name: _probe(name, probe, run_dir, trained, tasks.get(probe.run)).as_json()
+            name: _probe(name, probe, run_dir, trained, along.get(probe.run)).as_json()
             for name, probe in probes.items()
         }
     (run_dir / "probes.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -147,15 +150,16 @@ def _probe(name: str, probe: Probe, run_dir: Path, trained: Mapping[str, Tensor]
 
 @torch.no_grad()
 def _put(name: str, model: nn.Module, trained: Mapping[str, Tensor], head: Path) -> None:
-    """The trained backbone under the old head, or under the old head as it was trained along."""
+    """The trained backbone under the old head, or under the old head as it was trained along. What the trained one has
+    not (the pooler, after a masked language model) stays the old run's."""
     base: nn.Module = getattr(model, "base_model", model)
     own = base.state_dict()
-    wrong = [key for key, value in own.items() if key not in trained or trained[key].shape != value.shape]
-    if wrong:
-        raise UserError(
-            f"remember.probes.{name}: its backbone is another one than that of this run ({', '.join(wrong[:3])})"
-        )
-    base.load_state_dict({key: trained[key] for key in own})
+    there = {key: trained[key] for key in own if key in trained}
+    wrong = [key for key, value in there.items() if value.shape != own[key].shape]
+    if wrong or not there:
+        told = f" ({', '.join(wrong[:3])})" if wrong else ""
+        raise UserError(f"remember.probes.{name}: its backbone is another one than that of this run{told}")
+    base.load_state_dict(own | there)
     if head.is_dir():
         from safetensors.torch import load_file
 
