@@ -116,6 +116,7 @@ class Result:
     evaluation: dict[str, Any]
     facts: dict[str, Any]
     weights: dict[str, Tensor]
+    run_dir: Path
 
     def curve(self, key: str) -> list[float]:
         return [row[key] for row in self.rows]
@@ -189,6 +190,7 @@ def read_result(run_dir: Path) -> Result:
         next((row for row in rows if "eval_loss" in row), {}),
         about["facts"],
         load_file(run_dir / "final" / "model.safetensors"),
+        run_dir,
     )
 
 

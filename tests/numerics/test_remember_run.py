@@ -103,8 +103,7 @@ def test_lwf_by_hand(train: Run, workshop: Path, old: Path) -> None:
     assert max(apart(a, b) for a, b in zip(found.curve("loss/lwf")[2:], kept[2:], strict=True)) < 1e-3
     expected = {name: model.state_dict()[name] for name in found.weights}
     assert max(weights_apart(found.weights, expected).values()) < 1e-5
-    name = next(path.name for path in (workshop / "runs").glob("multi_label-*") if path.name.endswith("-0"))
-    saved = load_file(workshop / "runs" / name / "old" / "head.safetensors")
+    saved = load_file(found.run_dir / "old" / "head.safetensors")
     torch.testing.assert_close(saved["classifier.weight"], head.weight.detach(), rtol=1e-4, atol=1e-6)
 
 

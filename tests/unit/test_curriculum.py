@@ -24,7 +24,7 @@ from tunesmith.errors import UserError
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.curriculum import Pace as PaceSettings
 from tunesmith.run import Resume, run
-from tunesmith.tokenizer import tokenizer_hash
+from tunesmith.tokenizer import save_tokenizer, tokenizer_hash
 
 ROWS, WINDOW = 1000, 16
 STEPS = -(-ROWS // WINDOW)
@@ -212,6 +212,15 @@ def test_how_rows_were_cut_last_is_no_part_of_a_tokenizer(workshop: Path, tmp_pa
     assert saved.backend_tokenizer.truncation["max_length"] == 4
     assert tokenizer_hash(tokenizer) == tokenizer_hash(saved) == before
     assert saved.backend_tokenizer.truncation["max_length"] == 4
+
+
+def test_a_saved_tokenizer_is_the_same_whether_it_cut_rows_or_not(workshop: Path, tmp_path: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(workshop / "models" / "bert_mlm")
+    save_tokenizer(tokenizer, tmp_path / "fresh")
+    tokenizer("amber river stone", truncation=True, max_length=4, padding="max_length")
+    save_tokenizer(tokenizer, tmp_path / "used")
+    fresh, used = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("fresh", "used"))
+    assert fresh == used
 
 
 @pytest.mark.parametrize("packing", [False, True])

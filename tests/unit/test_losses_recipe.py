@@ -178,6 +178,7 @@ def good(logits, labels, scale=1.0): return scale * -torch.log_softmax(logits, -
 def mean(logits, labels): return good(logits, labels).mean()
 def coupled(logits, labels): return good(logits - logits.mean(0), labels)
 def dead(logits, labels): return good(logits.detach(), labels)
+def crossed(logits, labels, mask): return (logits * mask).sum(-1)
 def other(logits, weights): return logits
 name = "no function"
 """
@@ -197,9 +198,15 @@ def functions(tmp_path: Path) -> Path:
         ("name", {}, "is no function but str"),
         ("other", {}, "cannot be called with logits, labels and the options (none)"),
         ("good", {"scale": 1, "size": 2}, "cannot be called with logits, labels and the options scale, size"),
-        ("mean", {}, "it must return [3], a loss for each, not []; do not sum or average"),
+        ("mean", {}, "it must return [4], a loss for each, not []; do not sum or average"),
         ("coupled", {}, "a loss changes with the rows beside it"),
         ("dead", {}, "what it returns has no gradient"),
+        # units times outputs, which only as many of both would hide
+        (
+            "crossed",
+            {},
+            "fails on logits [4, 3] and labels [4]: RuntimeError: The size of tensor a (3) must match",
+        ),
     ],
 )
 def test_a_function_that_is_no_loss(functions: Path, name: str, options: dict[str, Any], said: str) -> None:

@@ -16,6 +16,7 @@ from tunesmith.objectives import Objective
 from tunesmith.parts import EXTRAS
 from tunesmith.recipe import Recipe
 from tunesmith.tasks.objective import TaskObjective
+from tunesmith.tokenizer import save_tokenizer
 
 
 def stop_where_taught(model: Any, objective: Objective) -> None:
@@ -53,10 +54,10 @@ def export_final(engine: Engine, recipe: Recipe, tokenizer: Any, run_dir: Path) 
             for name in objective.parts:
                 with model.whole(name) as one:
                     _write(one, objective.of(name), model.state_of(name, whole), recipe, temporary / name)
-                tokenizer.save_pretrained(temporary / name)
+                save_tokenizer(tokenizer, temporary / name)
         else:
             _write(model, objective, whole, recipe, temporary)
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
         if beside is not None:
             model.add_module(EXTRAS, beside)
             state = {name.removeprefix(f"{EXTRAS}."): v for name, v in every.items() if name not in whole}

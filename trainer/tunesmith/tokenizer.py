@@ -37,7 +37,7 @@ def tokenizer_for(recipe: Recipe, base: Path) -> tuple[Any, list[str]]:
                 text for _, example in split_examples(recipe.data, base, "train") for text in _texts(example)
             )
             tokenizer, _ = load_tokenizer(recipe.model, base, texts)
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
     trained = recipe.model.model_copy(update={"tokenizer": str(folder)})
     tokenizer, notes = load_tokenizer(trained, base)
     return tokenizer, [
@@ -57,6 +57,14 @@ def tokenizer_hash(tokenizer: Any) -> str:
     for value in (tokenizer.special_tokens_map, tokenizer.chat_template, type(tokenizer).__name__):
         digest.update(json.dumps(value, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Its files, the same whether it has cut or padded rows before or not."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
 
 
 def _uncut(backend: Any) -> Any:

@@ -33,6 +33,7 @@ from tunesmith.export import stop_where_taught
 from tunesmith.model import load_model
 from tunesmith.objectives import Objective
 from tunesmith.quantized import is_quantized
+from tunesmith.tokenizer import save_tokenizer
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -88,7 +89,7 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
-        run.tokenizer.save_pretrained(temporary)
+        save_tokenizer(run.tokenizer, temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         found = _outputs(reload(temporary, target), run.objective, batch)
         difference = max(float((found[name] - trained[name]).abs().max()) for name in trained)

@@ -124,15 +124,17 @@ def _class_balanced(loss: settings.ClassBalanced, labels: Labels) -> UnitLoss:
 
 
 def _example(labels: Labels) -> tuple[int, Tensor]:
-    """(width of the head, labels of three units) to try a function with."""
+    """(width of the head, labels of three units) to try a function with; of four where the head is three wide, for
+    what mixes units with outputs fails only where they are not equally many."""
     width = labels.width or len(labels.names) or 8
+    units = 4 if width == 3 else 3
     match labels.kind:
         case "regression":
-            return width, torch.linspace(-1.0, 1.0, 3 * width).view(3, width)
+            return width, torch.linspace(-1.0, 1.0, units * width).view(units, width)
         case "multi_label":
-            return width, (torch.arange(3 * width).view(3, width) % 2).float()
+            return width, (torch.arange(units * width).view(units, width) % 2).float()
         case _:
-            return width, torch.tensor([0, width - 1, width // 2])
+            return width, torch.tensor([0, width - 1, width // 2, 0])[:units]
 
 
 def terms_of(loss: settings.Loss | None, labels: Labels, smoothing: float) -> tuple[Term, ...]:

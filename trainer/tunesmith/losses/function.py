@@ -21,6 +21,8 @@ from tunesmith.recipe.losses import Function
 from tunesmith.recipe.paths import function_file
 
 KEY = "objective.loss.function"
+# what a person's own function may raise
+_FAULTS = (ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +104,18 @@ def _takes_mask(function: Callable[..., Any], settings: Function) -> bool:
 
 
 def try_out(loss: UserLoss, outputs: int, labels: Tensor) -> None:
-    """Calls it with `labels` (three units) and logits [3, outputs]. Raises UserError where it does not return a loss
-    for each unit that has a gradient and does not change with the units beside it."""
+    """Calls it with `labels` (units first) and logits [units, outputs]. Raises UserError where it does not return a
+    loss for each unit that has a gradient and does not change with the units beside it."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(len(labels), outputs, generator=generator, requires_grad=True)
     mask = torch.ones(len(labels), dtype=torch.bool)
-    found: Any = loss(logits, labels, mask)
+    try:
+        found: Any = loss(logits, labels, mask)
+    except _FAULTS as error:
+        raise UserError(
+            f"{KEY}: fails on logits {list(logits.shape)} and labels {list(labels.shape)}: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
     if not isinstance(found, Tensor) or found.shape != mask.shape:
         shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UserError(
