@@ -23,6 +23,7 @@ from tunesmith.tracking import metrics_file
 
 SAME = 1e-5
 """How far losses, norms and weights may be from those of another split of the same windows, relative."""
+_DIGITS = 1e-6  # weights of last digits alone: new biases of spans, whose gradient is zero
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def _moved(cell: Cell, workshop: Path, run_dir: Path) -> float:
     plain = _once(plain_recipe(cell, workshop), workshop)
     if not all(torch.isfinite(value).all() for value in _weights(run_dir).values()):
         raise BrokenError("the weights are not finite")
-    own = "final/own/model.safetensors" if (run_dir / "final/own").is_dir() else "final/model.safetensors"
-    found, expected = load_file(run_dir / own), load_file(plain / "final/model.safetensors")
+    final = run_dir / "final"
+    own = next((final / name for name in ("own", "new") if (final / name).is_dir()), final)
+    found, expected = (load_file(one / "model.safetensors") for one in (own, plain / "final"))
     moved = _distance(found, {n: v for n, v in expected.items() if n in found and found[n].shape == v.shape})
     if moved < 1e-7 and _told(run_dir) == _told(plain):
         raise BrokenError(f"it has no effect: the weights are those of the plain run to {moved:.0e}")
@@ -147,7 +149,11 @@ def _apart(cell: Cell, workshop: Path, run_dir: Path) -> float:
     pairs = [(a[key], b[key], key) for a, b in zip(own, others, strict=True) for key in ("loss", "grad_norm")]
     worst, key = max((abs(a - b) / max(abs(b), 1e-12), key) for a, b, key in pairs)
     a, b = _weights(run_dir), _weights(other)
-    tensors = [(_distance({"": a[name]}, {"": value}), name) for name, value in b.items() if value.any()]
+    tensors = [
+        (_distance({"": a[name]}, {"": value}), name)
+        for name, value in b.items()
+        if value.abs().max() > _DIGITS
+    ]
     decided = _decided_apart(*(_told(folder) for folder in (run_dir, other)))
     worst, key = max((worst, key), *tensors, (decided, "what is decided after training"))
     if not worst <= SAME:

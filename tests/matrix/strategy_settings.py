@@ -177,6 +177,10 @@ def _lwf(workshop: Path, case: Case) -> Fragment:
     return _remember(run=_finished(workshop, _partner(case)), lwf={"weight": 2.0})
 
 
+def _replay(workshop: Path, case: Case) -> Fragment:
+    return _remember(run=_finished(workshop, _partner(case)), replay={"ratio": 0.25})
+
+
 def _old_model(workshop: Path, case: Case) -> Fragment:
     return {"model": {"model_name_or_path": f"{_finished(workshop, _partner(case))}/final"}}
 
@@ -300,6 +304,7 @@ STRATEGIES: dict[str, Strategy] = {
     "remember: anchor": Strategy(_remember(anchor={"weight": 0.5})),
     "remember: EWC": Strategy(_ewc),
     "remember: LwF": Strategy(_lwf, beside=_old_model),
+    "remember: replay": Strategy(_replay, beside=_old_model),
     "remember: WiSE-FT": Strategy(_remember(wise_ft={"alpha": 0.5})),
     "distill: logits": Strategy(_distill(temperature=2.0)),
     "distill: hidden states": Strategy(_deeper({"type": "hidden"}, width=48), on="causal_lm"),

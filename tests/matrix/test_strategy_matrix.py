@@ -31,14 +31,15 @@ SLOW = [
     ("loss: a function", "multi label"), ("thresholds", "single label"), ("curriculum: a run's loss", "seq2seq"),
     ("augment: synonyms", "question answering"), ("augment: cutoff", "seq2seq"),
     ("stochastic depth", "span_corruption"), ("R-Drop", "tokens"), ("gradient noise", "regression"),
-    ("SWA", "causal_lm"), ("remember: WiSE-FT", "masked_lm"), ("distill: hidden states", "seq2seq"),
+    ("SWA", "causal_lm"), ("remember: WiSE-FT", "masked_lm"), ("remember: replay", "tokens"),
+    ("distill: hidden states", "seq2seq"),
     ("distill: attention", "masked_lm"), ("distill: other tokenizer", "sft"), ("tasks: in turn, DWA", "sft"),
 ]  # fmt: skip
 SPREAD = [
     ("loss: class weights", "zero2"), ("loss: ranking", "fsdp2"), ("sampling: balanced", "ddp"),
     ("calibration", "zero3"), ("augment: mixup", "fsdp2"), ("L1, L2", "zero3"), ("R-Drop", "zero1"), ("SAM", "zero2"),
     ("ASAM", "fsdp2"), ("FGM", "zero3"), ("max-norm", "fsdp2"), ("EMA", "zero3"), ("SWA", "fsdp2"),
-    ("remember: EWC", "fsdp2"), ("remember: LwF", "zero3"), ("distill: logits", "zero1"),
+    ("remember: EWC", "fsdp2"), ("remember: LwF", "zero3"), ("remember: replay", "fsdp2"), ("distill: logits", "zero1"),
     ("distill: hidden states", "fsdp2"), ("distill: on-policy", "zero3"), ("tasks: together, uncertainty", "zero3"),
     ("tasks: together, GradNorm", "fsdp2"), ("tasks: annealed", "ddp"),
     ("distill: sequence level", "zero3"),

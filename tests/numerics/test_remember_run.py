@@ -211,3 +211,8 @@ def texts(workshop: Path) -> list[tuple[str, str]]:
 
 def probes(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "probes.json").read_text())
+
+
+def test_spans_have_two_outputs_whatever_the_head_before_was_for(train: Run, old: Path) -> None:
+    found = train("question_answering", SGD, WHOLE, 1, model={"model_name_or_path": str(old / "final")})
+    assert found.weights["qa_outputs.weight"].shape[0] == 2

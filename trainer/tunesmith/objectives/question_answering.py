@@ -127,6 +127,10 @@ class QuestionAnsweringObjective(Objective):
 
         return AutoModelForQuestionAnswering
 
+    def config_overrides(self) -> dict[str, Any]:
+        """A start and an end, whatever the head before was for."""
+        return {"num_labels": 2}
+
     def collate(self, rows: Sequence[Encoded], places: Sequence[int]) -> Batch:
         inputs, tokens = text_inputs(self.tokenizer, rows)
         targets = {end: torch.tensor([row[end] for row in rows]) for end in ("start", "end")}
