@@ -285,7 +285,7 @@ def test_a_ratio_leaves_rows_of_both(ratio: float, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Recipe.model_validate(
             {
-                "model": {"model_name_or_path": "builtin:minilm"},
+                "model": {"model_name_or_path": "runs/x/final"},
                 **{name: task[name] for name in ("data", "objective")},
                 "remember": {"run": "runs/x", "replay": {"ratio": ratio}},
                 "training": {"global_batch_size": 32, "per_device_train_batch_size": 32},
@@ -298,7 +298,7 @@ def test_replay_says_what_two_tasks_do_not_have() -> None:
     task = values()["tasks"]["one"]
     recipe = Recipe.model_validate(
         {
-            "model": {"model_name_or_path": "builtin:minilm"},
+            "model": {"model_name_or_path": "runs/x/final"},
             **{name: task[name] for name in ("data", "objective")},
             "remember": {"run": "runs/x", "replay": {}},
             "trainable": {"adapters": [{"type": "lora"}]},

@@ -13,7 +13,7 @@ from tunesmith.recipe.losses import LDAM
 from tunesmith.recipe.model import TrainTokenizer
 from tunesmith.recipe.parallel import FSDP2
 from tunesmith.recipe.remember import replayed_rows
-from tunesmith.recipe.tasks import FixedWeights, GradNorm, TogetherMixing
+from tunesmith.recipe.tasks import FixedWeights, GradNorm, Multitask, TogetherMixing
 
 if TYPE_CHECKING:
     from tunesmith.recipe.root import Recipe
@@ -66,7 +66,7 @@ def _placed(problem: Problem, name: str, recipe: Recipe) -> Problem:
 
 def _sections(recipe: Recipe) -> Iterator[Problem]:
     if not recipe.tasks:
-        if "multitask" in recipe.model_fields_set and recipe.multitask.model_fields_set:
+        if recipe.multitask != Multitask():
             yield problem_at("multitask", "has no effect without tasks")
         return
     for name in OWN:
