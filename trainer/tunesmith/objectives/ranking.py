@@ -52,8 +52,8 @@ class RankingObjective(ClassificationObjective):
         assert isinstance(self.settings.loss, Ranking)
         if self.problem != "regression" or self.width != 1:
             raise UserError(
-                "objective.loss: ranking needs one number per row, its relevance; a CSV file holds text: set "
-                "objective.problem: regression"
+                "objective.loss: ranking needs one number per row, its relevance, as the label; where the numbers are "
+                "text (in a CSV file), set objective.problem: regression"
             )
         return (ListLoss(settings=self.settings.loss),)
 
