@@ -74,6 +74,21 @@ def test_a_teacher_is_counted_from_its_files(
     settings = {"teachers": [{"model_name_or_path": str(tmp_path), **teacher}]}
     asked = recipe(distill=settings)
     assert beside(asked, Path()).whole == 307 * per_element
+    # the tables of tokens keep their 4 bytes beside quantised layers, and are on every process
+    (tmp_path / "final" / "config.json").write_text('{"vocab_size": 30}')
+    table = 300 * (4 if "quantization" in teacher else per_element)
+    assert beside(asked, Path()).whole == 7 * per_element + table
+    shared = (
+        recipe(
+            distill={"teachers": [{**settings["teachers"][0], "placement": "sharded"}]},
+            parallel={"strategy": "fsdp2"},
+        )
+        if "quantization" not in teacher
+        else None
+    )
+    if shared is not None:
+        found = beside(shared, Path())
+        assert (found.dealt, found.whole) == (7 * per_element, table)
     assert Beside(dealt=100.0).on_one(4) == 25.0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from tunesmith.distill.teacher import DTYPES, Known, know, source
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
+from tunesmith.recipe.distill import Teacher
 from tunesmith.unpartitioned import unpartitioned
 
 _FEW_BITS = {"nf4": 4.5, "fp4": 4.5, "int8": 8.25}  # a weight of a linear layer, with its share of the scales
@@ -38,14 +39,19 @@ def teacher_sizes(
             empty, _ = source(known, objective, recipe.model.attn_implementation, 0).empty()
         model: Any = empty
         total = sum(p.numel() for p in model.parameters())
-        bits = (
-            8 * DTYPES[one.dtype].itemsize if one.quantization is None else _FEW_BITS[one.quantization.type]
-        )
+        width = bytes_per_weight(one)
         whole = sum(p.numel() for p in model.get_input_embeddings().parameters())
         inside = total - whole
         if one.quantization is not None:  # the embeddings keep 32 bits
-            size = inside * bits / 8 + 4 * whole
+            size = inside * width + 4 * whole
         else:
-            size = (inside / (world_size if one.placement == "sharded" else 1) + whole) * bits / 8
+            size = (inside / (world_size if one.placement == "sharded" else 1) + whole) * width
         found.append(TeacherSize(known, total, int(size) if asked else 0))
     return found
+
+
+def bytes_per_weight(teacher: Teacher) -> float:
+    """Of a weight of its layers; the embeddings of a quantised one keep 4."""
+    if teacher.quantization is not None:
+        return _FEW_BITS[teacher.quantization.type] / 8
+    return DTYPES[teacher.dtype].itemsize

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from tunesmith.averaging import state_bytes as average_bytes
+from tunesmith.distill.memory import bytes_per_weight
 from tunesmith.errors import UserError
 from tunesmith.model import resolve_path
 from tunesmith.recipe import Recipe
-from tunesmith.recipe.distill import Teacher
-
-_WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
-_FEW_BITS = {"nf4": 4.5 / 8, "fp4": 4.5 / 8, "int8": 8.25 / 8}  # scales included
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +43,20 @@ def beside(recipe: Recipe, base: Path) -> Beside:
         for teacher in settings.each_teacher:
             name = teacher.model_name_or_path
             try:
-                size = _elements(name, base) * _bytes_per_weight(teacher)
+                inside, table = _elements(name, base)
             except (UserError, OSError) as error:
                 notes.append(f"the teacher's weights are not counted: {error}")
                 continue
+            width = bytes_per_weight(teacher)
+            whole += table * (width if teacher.quantization is None else 4.0)
             if teacher.placement == "sharded":
-                dealt += size
+                dealt += inside * width
             else:
-                whole += size
+                whole += inside * width
     remember = recipe.remember
     if remember is not None and remember.lwf is not None and remember.run is not None:
         try:
-            whole += 4.0 * _elements(remember.run, base)
+            whole += 4.0 * sum(_elements(remember.run, base))
         except (UserError, OSError) as error:
             notes.append(f"the old model's weights are not counted: {error}")
     views = 1 if recipe.regularization.r_drop is None else 2
@@ -80,23 +80,24 @@ def per_weight_from_the_start(recipe: Recipe) -> float:
     return 4.0 * starts + (0.0 if remember.ewc is None else 8.0)
 
 
-def _bytes_per_weight(teacher: Teacher) -> float:
-    if teacher.quantization is not None:
-        return _FEW_BITS[teacher.quantization.type]
-    return _WIDTHS[teacher.dtype]
-
-
-def _elements(name: str, base: Path) -> int:
-    """Of the weights in a model's folder, or in final/ of a run's. Raises UserError where there are no files to ask."""
+def _elements(name: str, base: Path) -> tuple[int, int]:
+    """(of the layers, of the tables with a row for each token) in a model's folder, or in final/ of a run's. Raises
+    UserError where there are no files to ask."""
     from safetensors import safe_open
 
     folder = Path(resolve_path(name, base))
     folder = folder / "final" if (folder / "final").is_dir() else folder
-    files = sorted(folder.glob("*.safetensors"))
+    files, config = sorted(folder.glob("*.safetensors")), folder / "config.json"
     if not files:
         raise UserError(f"{name} has no .safetensors files here")
-    total = 0
+    tokens = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
+    inside = table = 0
     for file in files:
         with safe_open(file, framework="pt") as stored:
-            total += sum(prod(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118
-    return total
+            for key in stored.keys():  # noqa: SIM118
+                shape = stored.get_slice(key).get_shape()
+                if len(shape) == 2 and shape[0] == tokens:
+                    table += prod(shape)
+                else:
+                    inside += prod(shape)
+    return inside, table

@@ -19,16 +19,18 @@ _LEARNT = ("labels", "problem")  # what an objective learnt from its training ro
 def read_runs(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with what the finished runs of its tasks say written out, `remember.replay` as tasks. Raises UserError
     for a folder that is no such run."""
+    remembers = recipe.remember is not None and recipe.remember.replay is not None
     recipe = replayed(recipe)
     tasks = {
-        name: task if task.run is None else _read(name, task, base / task.run)
+        name: task
+        if task.run is None
+        else _read("remember.run" if remembers else f"tasks.{name}.run", name, task, base / task.run)
         for name, task in recipe.tasks.items()
     }
     return recipe.model_copy(update={"tasks": tasks})
 
 
-def _read(name: str, task: Task, folder: Path) -> Task:
-    key = f"tasks.{name}.run"
+def _read(key: str, name: str, task: Task, folder: Path) -> Task:
     if not (folder / "recipe.yaml").is_file() or not (folder / "final").is_dir():
         raise UserError(f"{key}: {folder} is not the folder of a finished run")
     old = load_recipe(folder / "recipe.yaml").recipe
