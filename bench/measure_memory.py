@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -233,6 +234,8 @@ def allocated(
     (bytes allocated or released, sum))."""
     import torch
 
+    # a tensor of an earlier caller's in a cycle would be subtracted where the collector happened to release it
+    gc.collect()
     with _profile() as start:
         torch.empty(1)
     if before is not None:

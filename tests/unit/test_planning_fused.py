@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,27 @@ def test_the_workspace_is_what_the_allocator_hands_out_within_the_operator(name:
     # oneDNN packs bf16 operands into memory of the allocator's, as much as the kind of CPU wants: no formula of ours
     slack = max(600_000, expected // 50) if call.dtype == BF16 else 64
     assert -64 <= measured - expected <= slack, (measured, expected)
+
+
+def test_what_an_earlier_caller_left_is_not_subtracted() -> None:
+    """The collector releases a tensor in a cycle whenever it comes: within the operator, once in CI."""
+
+    def leave() -> None:
+        cycle: list[Any] = [torch.empty(1_800)]
+        cycle.append(cycle)
+
+    kept: list[Tensor] = []
+
+    def run() -> None:
+        gc.collect()
+        kept.append(torch.empty(4_000))
+
+    gc.disable()
+    try:
+        allocated(leave)
+        assert 16_000 <= allocated(run)[0] <= 16_064
+    finally:
+        gc.enable()
 
 
 def test_products_in_16_bits_on_the_cpu_have_rows_of_zeros() -> None:
