@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -67,3 +69,24 @@ def contestant(made: Recipe, steps: int = 100) -> Contestant:
     probe(engine, stream)  # finds what a task's step does not use
     engine.module.train()
     return Contestant(engine, stream, found)
+
+
+class Steps(Protocol):
+    def step(self, step: int, /) -> float: ...
+
+
+def compare(contestants: Mapping[str, Steps], plain: str, rounds: int, what: str = "") -> None:
+    """Prints each one's CPU time beside that of `plain`, step by step in turns after a first one that is not counted:
+    the median of the ratios, and from where to where they go."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name, one in contestants.items():
+            taken = one.step(number)
+            if number:
+                seconds[name].append(taken)
+    for name in contestants:
+        ratios = [a / b for a, b in zip(seconds[name], seconds[plain], strict=True)]
+        print(
+            f"{what}{name}: × {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})",
+            flush=True,
+        )

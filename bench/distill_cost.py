@@ -8,13 +8,13 @@ vocabulary of 30,522, 8 rows of at most 64 tokens a step.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from contestant import compare as in_turns
 
 from tunesmith import optim
 from tunesmith.assemble import assemble
@@ -134,18 +134,7 @@ class Contestant:
 def compare(kind: str, ways: dict[str, dict[str, Any] | None], cache: str, rounds: int) -> None:
     save_teacher(cache, kind)
     contestants = {name: Contestant(recipe(cache, kind, name, way)) for name, way in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        for name, contestant in contestants.items():
-            taken = contestant.step(number)
-            if number:
-                seconds[name].append(taken)
-    for name in contestants:
-        ratios = [a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
-        print(
-            f"{kind}, {name}: × {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})",
-            flush=True,
-        )
+    in_turns(contestants, "plain", rounds, f"{kind}, ")
 
 
 def main() -> None:

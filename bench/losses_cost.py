@@ -8,13 +8,13 @@ classifies 600 standard-library docstrings, 32 rows a step; a small Llama with a
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from contestant import compare as in_turns
 
 from tunesmith import optim
 from tunesmith.data.prepare import prepare
@@ -103,18 +103,7 @@ class Contestant:
 
 def compare(names: list[Any], make: Any, cache: str, rounds: int) -> None:
     contestants = {str(name): Contestant(make(cache, name)) for name in (None, *names)}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        for name, contestant in contestants.items():
-            taken = contestant.step(number)
-            if number:
-                seconds[name].append(taken)
-    for name in contestants:
-        ratios = [a / b for a, b in zip(seconds[name], seconds["None"], strict=True)]
-        print(
-            f"{name}: × {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})",
-            flush=True,
-        )
+    in_turns(contestants, "None", rounds)
 
 
 def main() -> None:

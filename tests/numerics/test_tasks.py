@@ -240,6 +240,12 @@ def test_replayed_rows_are_a_second_task(workshop: Path) -> None:
     )
     assert_same(trained(made, workshop), trained(written, workshop))
     assert all({"loss/new", "loss/old"} <= row.keys() for row in training(made))
+    # an epoch is one of the new rows, 12 of which are in a window
+    epoch = made.training.model_copy(update={"max_steps": None, "num_train_epochs": 1.0})
+    whole = trained(made.model_copy(update={"run_name": "replay-epoch", "training": epoch}), workshop)
+    facts = json.loads((folder(whole) / "environment.json").read_text())["facts"]
+    assert facts["tasks"]["new"]["windows_per_epoch"] == facts["total_steps"] == len(training(whole))
+    assert facts["tasks"]["old"]["windows_per_epoch"] != facts["total_steps"]
     probed = json.loads((folder(made) / "probes.json").read_text())["old"]
     assert probed["after"]["loss"] == pytest.approx(evaluations(made)[-1]["eval_old_loss"], rel=1e-6)
     assert probed["before"]["loss"] == pytest.approx(evaluations(single)[-1]["eval_loss"], rel=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from io import StringIO
 from math import exp
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -30,6 +31,7 @@ from tunesmith.tasks.gradnorm import Watch, target_gradient
 from tunesmith.tasks.mixing import Schedule, shares
 from tunesmith.tasks.objective import TaskTerm, greater_is_better
 from tunesmith.tasks.replay import replayed
+from tunesmith.tasks.runs import read_runs
 from tunesmith.tasks.uncertainty import HalfLogVariance, LogVariances
 from tunesmith.terms import RowCrossEntropy
 
@@ -309,3 +311,17 @@ def test_replay_says_what_two_tasks_do_not_have() -> None:
         UserError, match=r"remember.replay: makes the run one of two tasks.*trainable.adapters"
     ):
         replayed(recipe)
+
+
+def test_a_run_to_be_replayed_that_is_none_is_told_by_its_setting(tmp_path: Path) -> None:
+    task = values()["tasks"]["one"]
+    recipe = Recipe.model_validate(
+        {
+            "model": {"model_name_or_path": "gone/final"},
+            **{name: task[name] for name in ("data", "objective")},
+            "remember": {"run": "gone", "replay": {}},
+            "run_name": "replay",
+        }
+    )
+    with pytest.raises(UserError, match=r"^remember\.run: .*gone is not the folder of a finished run"):
+        read_runs(recipe, tmp_path)
