@@ -162,7 +162,7 @@ def evaluate(
 
 
 def answers(
-    folder: Path, path: str | None, texts: Sequence[str], checkpoint: int | None
+    folder: Path, path: str | None, texts: Sequence[str], checkpoint: int | None, *, scores: bool
 ) -> Iterator[tuple[Example, dict[str, Any]]]:
     """`tunesmith predict` of an ensemble."""
     from tunesmith.commands.ensemble import ensemble_rows, predict_ensemble
@@ -170,7 +170,7 @@ def answers(
 
     _no_checkpoint(checkpoint)
     opened = read_ensemble(folder)
-    return predict_ensemble(opened, ensemble_rows(opened, path, texts))
+    return predict_ensemble(opened, ensemble_rows(opened, path, texts), scores=scores)
 
 
 def _no_checkpoint(checkpoint: int | None) -> None:

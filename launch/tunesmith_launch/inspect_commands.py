@@ -157,6 +157,9 @@ def predict(
         Path | None, typer.Option(metavar="FILE.jsonl", help="Where to; default: standard output.")
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text in place of a file; repeatable.")] = None,
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Each row's texts, and every label's score: soft labels.")
+    ] = False,
     checkpoint: Checkpoint = None,
     task: Task = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a generated text.")] = None,
@@ -184,7 +187,7 @@ def predict(
             raise UserError(f"--task {task}: an ensemble has one task: leave it out")
         if max_new_tokens is not None or num_beams is not None:
             raise UserError("--max-new-tokens and --num-beams: an ensemble generates no text")
-        answers = combine_commands.answers(run_dir, input, text or [], checkpoint)
+        answers = combine_commands.answers(run_dir, input, text or [], checkpoint, scores=scores)
         if input is None:
             for given, (_, answer) in zip(text or [], answers, strict=True):
                 print(json.dumps({"text": given} | answer, ensure_ascii=False))
@@ -195,11 +198,11 @@ def predict(
     run = open_run(run_dir, checkpoint, task)
     settings = generation_settings(run, max_new_tokens, num_beams)
     if text:
-        for answer in predict_texts(run, text, settings):
+        for answer in predict_texts(run, text, settings, scores=scores):
             print(json.dumps(answer, ensure_ascii=False))
         return
     assert input is not None
-    _told(predict_file(run, input, settings, output or sys.stdout), output)
+    _told(predict_file(run, input, settings, output or sys.stdout, scores=scores), output)
 
 
 def _told(counts: dict[str, int], output: Path | None) -> None:

@@ -106,6 +106,12 @@ def test_every_method_is_made_opened_measured_and_asked(
     }[case]
     assert answers
     assert all(keys <= answer.keys() for answer in answers)
+    if case == "single_label":
+        opened = read_ensemble(out)
+        said = predict_ensemble(opened, ensemble_rows(opened, None, ["red river"]), scores=True)
+        ((_, one),) = said
+        assert one["text"] == "red river"
+        assert sum(one["scores"].values()) == pytest.approx(1, abs=1e-6)
 
 
 def test_a_member_alone_in_weight_answers_alone(pair: Pair, tmp_path: Path) -> None:

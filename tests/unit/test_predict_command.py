@@ -117,6 +117,40 @@ def test_several_labels_and_numbers(trained: Trained) -> None:
     assert isinstance(one["value"], float)
 
 
+def test_scores_of_all_labels_are_soft_labels_of_another_run(
+    trained: Trained, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """A teacher's answers to rows without labels, as a student is trained on them."""
+    teacher = open_run(trained("single_label"))
+    given = lines(tmp_path / "a.jsonl", [{"text": f"{text} {i}"} for i, text in enumerate(TEXTS * 4)])
+    found = io.StringIO()
+    predict_file(teacher, str(given), Generate(), found, scores=True)
+    rows = [json.loads(line) for line in found.getvalue().splitlines()]
+    for number, row in enumerate(rows):
+        assert row["text"] == f"{(TEXTS * 4)[number]} {number}"
+        assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-6)
+        best = max(row["scores"], key=row["scores"].__getitem__)
+        assert (best, row["scores"][best]) == (row["label"], pytest.approx(row["score"], abs=1e-6))
+    (said,) = predict_texts(teacher, [rows[0]["text"]], Generate(), scores=True)
+    assert said["scores"] == pytest.approx(rows[0]["scores"], abs=1e-6)
+
+    answered = lines(tmp_path / "answered.jsonl", rows)
+    source = {"path": str(answered), "format": "classification", "columns": {"soft_labels": "scores"}}
+    objective = {"type": "classification", "labels": sorted(rows[0]["scores"])}
+    student = make_recipe("single_label").model_dump(mode="json", exclude_defaults=True)
+    student["data"] = {"train": [source], "max_length": 32, "cache_dir": str(tmp_path / "cache")}
+    student |= {"objective": objective, "run_name": "student-of-scores"}
+    student |= {"evaluation": {}, "checkpoint": {}, "output_dir": str(tmp_path)}
+    train(Recipe.model_validate(student), tmp_path, Resume())
+    assert (tmp_path / "student-of-scores" / "final" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("case", ["multi_label", "regression", "token_classification"])
+def test_scores_of_what_has_no_distribution(trained: Trained, case: str) -> None:
+    with pytest.raises(UserError, match=r"--scores: writes a distribution over the labels"):
+        predict_texts(open_run(trained(case)), ["red river"], Generate(), scores=True)
+
+
 def test_tags_are_one_per_word(trained: Trained, tmp_path: Path) -> None:
     run_dir = trained("token_classification")
     model, tokenizer = final(run_dir, AutoModelForTokenClassification)

@@ -93,9 +93,21 @@ def test_a_skipped_step_and_what_is_not_trained_are_not_projected() -> None:
         assert torch.cat([shard.value for shard in engine.pieces]).equal(value.view(-1))
 
 
+def test_a_bias_beside_its_matrix_stays_as_it_is() -> None:
+    weight, bias = draw(6, 4) * 10, draw(6) * 10
+    both = [*pieces("model.layer.weight", weight.clone(), []), *pieces("model.layer.bias", bias.clone(), [])]
+    engine = OneRank(nn.ModuleDict({"layer": nn.Linear(4, 6)}), "decay", both)
+    part = begun(MaxNorm(1.5, frozenset({"model.layer.weight", "model.layer.bias"})), engine)
+    part.penalize(0, torch.ones(()))
+    part.after_step(0, torch.zeros(()))
+    projected, kept = (shard.value.view(-1) for shard in engine.pieces)
+    assert torch.allclose(projected, torch.renorm(weight, 2, 0, 1.5).view(-1), rtol=1e-5)
+    assert kept.equal(bias)
+
+
 def test_max_norm_refuses_what_has_no_units() -> None:
     engine = OneRank(nn.ModuleDict({"layer": nn.Linear(4, 6)}), "decay", [])
-    with pytest.raises(UserError, match=r"max_norm\.parameters: layer\.bias of shape \[6\] is no matrix"):
+    with pytest.raises(UserError, match=r"max_norm\.parameters: none of these is a matrix"):
         MaxNorm(1.5, frozenset({"model.layer.bias"})).begin(engine, None)  # pyright: ignore[reportArgumentType]
     engine = OneRank(nn.ModuleDict({"layer": nn.Linear(4, 6)}), "no_decay", [])
     with pytest.raises(UserError, match=r"regularization\.max_norm: no weight matrix is trained"):

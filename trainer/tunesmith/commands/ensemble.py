@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.commands.finished import Weights, checkpoint_numbers, read_recipe
+from tunesmith.commands.predict import texts_of, with_scores
 from tunesmith.data.adhoc import plain_examples, source_like, unlabelled_examples
 from tunesmith.data.examples import Example, Question, Tokens
 from tunesmith.data.formats import FormatCounts, examples
@@ -173,8 +174,12 @@ def evaluate_ensemble(
     return measured
 
 
-def predict_ensemble(ensemble: Ensemble, given: Iterable[Example]) -> Iterator[tuple[Example, Row]]:
+def predict_ensemble(
+    ensemble: Ensemble, given: Iterable[Example], *, scores: bool = False
+) -> Iterator[tuple[Example, Row]]:
     """Each example with the ensemble's answer, in the form of one run's."""
+    objective: Any = ensemble.lead.objective
+    presentable = with_scores(objective) if scores else objective.presentable
     every = list(given)
     answers = _answers(ensemble, every)
     kind = ensemble.combiner.kind
@@ -184,7 +189,8 @@ def predict_ensemble(ensemble: Ensemble, given: Iterable[Example]) -> Iterator[t
             yield example, {"error": next(a.dropped[number] for a in answers if number in a.dropped)}
             continue
         found = ensemble.combiner([value for value in own if value is not None])
-        answer = _presentable(ensemble, kind, example, found)
+        answer = _presentable(ensemble, kind, example, found, presentable)
+        answer = (texts_of(example) if scores else {}) | answer
         cut = any(number in one.truncated for one in answers)
         yield example, answer | ({"truncated": True} if cut else {})
 
@@ -195,7 +201,7 @@ def ensemble_rows(ensemble: Ensemble, path: str | None, texts: Sequence[str]) ->
     return plain_examples(recipe, texts) if path is None else unlabelled_examples(recipe, path)
 
 
-def _presentable(ensemble: Ensemble, kind: str, example: Example, found: Answer) -> Row:
+def _presentable(ensemble: Ensemble, kind: str, example: Example, found: Answer, presentable: Any) -> Row:
     if isinstance(found, dict):
         assert isinstance(example, Question)
         best = best_span(found)
@@ -204,8 +210,7 @@ def _presentable(ensemble: Ensemble, kind: str, example: Example, found: Answer)
         assert isinstance(example, Tokens)
         tags = ["O" if np.isnan(word[0]) else ensemble.labels[int(word.argmax())] for word in found]
         return {"tokens": list(example.tokens), "tags": tags}
-    objective: Any = ensemble.lead.objective
-    return objective.presentable(None, 0, found)
+    return presentable(None, 0, found)
 
 
 def _answers(ensemble: Ensemble, given: Sequence[Example], *, keep: bool = False) -> list[Answers]:

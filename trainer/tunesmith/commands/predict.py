@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -12,15 +12,19 @@ from typing import Any, TextIO
 
 from tunesmith.commands.finished import FinishedRun
 from tunesmith.data.adhoc import Encoding, encode_examples, plain_examples, unlabelled_examples
-from tunesmith.data.examples import Example, Tokens
+from tunesmith.data.examples import Example, Labelled, Tokens
+from tunesmith.data.table import Table
 from tunesmith.errors import UserError
 from tunesmith.evaluator import predict_rows
 from tunesmith.generation import generate
+from tunesmith.objectives import Objective
+from tunesmith.objectives.classification import ClassificationObjective
 from tunesmith.objectives.question_answering import QuestionAnsweringObjective
 from tunesmith.recipe.evaluation import Generate
 from tunesmith.tracking.progress import track
 
 Answer = dict[str, Any]
+Presentable = Callable[[Table, int, Any], Answer]
 
 _GENERATING = {"sft", "seq2seq", "causal_lm"}
 _SILENT = {"masked_lm", "span_corruption"}
@@ -28,33 +32,59 @@ _BATCHES = 16  # that are sorted by length together, and answered before the nex
 
 
 def predict(
-    run: FinishedRun, given: Iterable[Example], settings: Generate
+    run: FinishedRun, given: Iterable[Example], settings: Generate, *, scores: bool = False
 ) -> Iterator[tuple[Example, Answer]]:
     """Each example with its answer: {label, score}, {labels, scores}, {value}, {tokens, tags}, {id, answer, score} or
     {generated}, and `truncated: true` where the model did not see all of it; {error} where it could not be read.
-    `settings` are those of objectives that generate. Raises UserError where there is nothing to predict."""
+    With `scores` {text, label, score, scores}: rows that are trained on with `columns.soft_labels`. `settings` are
+    those of objectives that generate. Raises UserError where there is nothing to predict, or nothing like it."""
     objective = run.recipe.objective.type
     if objective in _SILENT:
         raise UserError(
             f"objective {objective} trains a backbone, which answers nothing: use it as model.model_name_or_path "
             f"of another recipe, or export it"
         )
+    presentable = with_scores(run.objective) if scores else run.objective.presentable
     remaining = iter(given)
     at_once = _BATCHES * run.recipe.evaluation.per_device_eval_batch_size
     while chunk := list(islice(remaining, at_once)):
         with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
             encoding = encode_examples(chunk, run.objective, Path(folder) / "rows", "input", prompts=True)
-            answers = _answers(run, encoding, settings)
+            answers = _answers(run, encoding, settings, presentable)
         for number, example in enumerate(chunk):
             if not encoding.rows[number]:
                 yield example, {"error": encoding.dropped[number]}
                 continue
             answer = {"tokens": list(example.tokens)} if isinstance(example, Tokens) else {}
-            answer |= answers[number]
+            answer |= (texts_of(example) if scores else {}) | answers[number]
             yield example, answer | ({"truncated": True} if number in encoding.truncated else {})
 
 
-def _answers(run: FinishedRun, encoding: Encoding, settings: Generate) -> dict[int, Answer]:
+def with_scores(objective: Objective) -> Presentable:
+    """`presentable` with every label's probability. Raises UserError where rows have no distribution over labels."""
+    if not isinstance(objective, ClassificationObjective) or objective.problem != "single_label":
+        raise UserError(
+            "--scores: writes a distribution over the labels, for rows that have one label each; leave it out "
+            "(of several labels per row the scores are always written)"
+        )
+
+    def presentable(table: Table, row: int, prediction: Any) -> Answer:
+        scores = {"scores": objective.soft_labels(prediction)}
+        return objective.presentable(table, row, prediction) | scores
+
+    return presentable
+
+
+def texts_of(example: Example) -> Answer:
+    """The texts of a row to classify, by the names of their columns."""
+    assert isinstance(example, Labelled)
+    pair = {} if example.text_pair is None else {"text_pair": example.text_pair}
+    return {"text": example.text} | pair
+
+
+def _answers(
+    run: FinishedRun, encoding: Encoding, settings: Generate, presentable: Presentable
+) -> dict[int, Answer]:
     dataset, objective = encoding.dataset, run.objective
     all_rows = range(len(dataset))
     first = {rows[0]: number for number, rows in enumerate(encoding.rows) if rows}
@@ -74,9 +104,7 @@ def _answers(run: FinishedRun, encoding: Encoding, settings: Generate) -> dict[i
             number: _span(objective, encoding, encoding.rows[number], predictions)
             for number in first.values()
         }
-    return {
-        number: objective.presentable(dataset.table, row, predictions[row]) for row, number in first.items()
-    }
+    return {number: presentable(dataset.table, row, predictions[row]) for row, number in first.items()}
 
 
 def _span(
@@ -98,10 +126,13 @@ def generation_settings(run: FinishedRun, max_new_tokens: int | None, num_beams:
     return (run.recipe.evaluation.generate or Generate()).model_copy(update=changes)
 
 
-def predict_file(run: FinishedRun, path: str, settings: Generate, out: Path | TextIO) -> dict[str, int]:
+def predict_file(
+    run: FinishedRun, path: str, settings: Generate, out: Path | TextIO, *, scores: bool = False
+) -> dict[str, int]:
     """Writes one JSON object per row of `path` to `out`: its `line` (of a folder also its `file`) and its answer.
     Returns the numbers of `rows`, and of `errors` and `truncated` ones."""
-    return write_answers(predict(run, unlabelled_examples(run.recipe, path), settings), path, out)
+    given = unlabelled_examples(run.recipe, path)
+    return write_answers(predict(run, given, settings, scores=scores), path, out)
 
 
 def write_answers(answers: Iterable[tuple[Example, Answer]], path: str, out: Path | TextIO) -> dict[str, int]:
@@ -124,7 +155,9 @@ def write_answers(answers: Iterable[tuple[Example, Answer]], path: str, out: Pat
     return counts
 
 
-def predict_texts(run: FinishedRun, texts: Sequence[str], settings: Generate) -> list[Answer]:
+def predict_texts(
+    run: FinishedRun, texts: Sequence[str], settings: Generate, *, scores: bool = False
+) -> list[Answer]:
     """Answers to plain texts, each with its `text`."""
-    answers = predict(run, plain_examples(run.recipe, texts), settings)
+    answers = predict(run, plain_examples(run.recipe, texts), settings, scores=scores)
     return [{"text": text} | answer for text, (_, answer) in zip(texts, answers, strict=True)]

@@ -275,6 +275,12 @@ class ClassificationObjective(Objective):
             "scores": {name: round(float(p), 6) for name, p in zip(self.labels, values[0], strict=True)},
         }
 
+    def soft_labels(self, prediction: Any) -> dict[str, float]:
+        """Every label's probability, of a row that has one label: what `columns.soft_labels` reads."""
+        assert self.problem == "single_label"
+        values = self.decisions.calibrated(prediction[None], exclusive=True)[0]
+        return {name: round(float(p), 8) for name, p in zip(self.labels, values, strict=True)}
+
     @property
     def default_metric(self) -> tuple[str, bool]:
         match self.problem:

@@ -2,8 +2,8 @@
 of the weights that go into one unit is projected, w ← w · min(1, value / ‖w‖).
 
 A unit's weights are a row of a linear layer's or an embedding's matrix [units, inputs], a filter of a convolution's,
-and a column of GPT-2's Conv1D [inputs, units]. Shards may cut a row: its squares are summed over the ranks, those of
-all parameters in one collective."""
+and a column of GPT-2's Conv1D [inputs, units]. Biases and norms' scales, of one dimension, are none and stay. Shards
+may cut a row: its squares are summed over the ranks, those of all parameters in one collective."""
 
 from __future__ import annotations
 
@@ -56,10 +56,14 @@ class MaxNorm(StepPart):
         for prefix, owner in engine.train_module.named_modules():
             for leaf, parameter in owner.named_parameters(recurse=False):
                 name = f"{prefix}.{leaf}"
-                if name in names:
-                    self._units[name] = units_of(owner, name, tuple(whole_shape(parameter)), self._total)
+                shape = tuple(whole_shape(parameter))
+                if name in names and len(shape) > 1:
+                    self._units[name] = units_of(owner, name, shape, self._total)
                     self._total += self._units[name].count
-        assert self._units.keys() == names, "a parameter has no module"
+        if not self._units:
+            raise UserError(
+                f"{_KEY}.parameters: none of these is a matrix with a row for each unit: name others"
+            )
         self._open: frozenset[str] = frozenset()
 
     def penalize(self, step: int, scale: Tensor) -> None:
