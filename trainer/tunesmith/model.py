@@ -194,6 +194,10 @@ def _config(settings: Model, path: str | None, own: dict[str, Any], tokenizer: A
             config: Any = AutoConfig.for_model(settings.config["model_type"], **fields)
         except (ValueError, StrictDataclassError) as error:
             raise UserError(f"model.config: {_one_line(error)}") from None
+        if config.is_encoder_decoder and "decoder_start_token_id" not in fields:
+            # T5's decoder starts with padding, which its config leaves to the file; BART's with the end marker
+            own_start = getattr(config, "decoder_start_token_id", None) is not None
+            config.decoder_start_token_id = tokenizer.eos_token_id if own_start else tokenizer.pad_token_id
     else:
         try:
             config = AutoConfig.from_pretrained(
@@ -211,7 +215,8 @@ def _config(settings: Model, path: str | None, own: dict[str, Any], tokenizer: A
 def _config_fields(config_class: Any) -> set[str]:
     """What a config knows: transformers keeps any other name too, without effect."""
     declared: dict[str, Any] = getattr(config_class, "__dataclass_fields__", {})
-    return {*declared, *vars(config_class()), *config_class.attribute_map, "model_type"}
+    beside = ["decoder_start_token_id"] if config_class.is_encoder_decoder else []
+    return {*declared, *vars(config_class()), *config_class.attribute_map, *beside, "model_type"}
 
 
 def _source(
