@@ -26,7 +26,7 @@ from tunesmith.objectives import build_objective
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
 from tunesmith.recipe import augment as settings
-from tunesmith.run import build_stream
+from tunesmith.streams import build_stream
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 
 ROWS, BATCH = 640, 32

@@ -29,8 +29,8 @@ from tunesmith.module import TrainModule
 from tunesmith.objectives import build_objective
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
-from tunesmith.run import build_stream
 from tunesmith.step import train_step
+from tunesmith.streams import build_stream
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 
 ROWS, LEARNING_RATE = 32, 1e-2

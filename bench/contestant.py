@@ -20,10 +20,10 @@ from tunesmith.module import TrainModule
 from tunesmith.objectives import build_objective
 from tunesmith.parts import Strategies
 from tunesmith.recipe import Recipe
-from tunesmith.run import build_stream
 from tunesmith.startup import probe
 from tunesmith.step import train_step
 from tunesmith.strategies import Building, build_strategies
+from tunesmith.streams import build_stream
 from tunesmith.tasks.prepare import prepare_rows
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 

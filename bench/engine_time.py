@@ -40,8 +40,8 @@ from tunesmith.objectives import Objective, build_objective
 from tunesmith.optim import Spec
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
-from tunesmith.run import build_stream
 from tunesmith.startup import probe
+from tunesmith.streams import build_stream
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")

@@ -40,7 +40,7 @@ from tunesmith.model import train_bpe
 from tunesmith.objectives import build_objective
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
-from tunesmith.run import build_stream
+from tunesmith.streams import build_stream
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 
 VOCABULARY, WARM_UP, ROWS, LENGTH = 50_304, 2, 8, 256

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tunesmith.ready
 import tunesmith.run
 from tunesmith.commands.export import sample_batch
 from tunesmith.engine import Engine
@@ -21,7 +22,7 @@ from tunesmith.run import Resume
 
 FILE, NAMES = "watched.safetensors", "watched.json"
 
-_fuse_loss, _export_final = tunesmith.run.fuse_loss, tunesmith.run.export_final
+_fuse_loss, _export_final = tunesmith.ready.fuse_loss, tunesmith.run.export_final
 _began: dict[str, Tensor] = {}
 _trained: set[str] = set()
 
@@ -89,7 +90,7 @@ def _at_the_end(engine: Engine, recipe: Any, tokenizer: Any, run_dir: Path, *res
 
 
 def _watch(began: Any, ended: Any) -> None:
-    tunesmith.run.fuse_loss, tunesmith.run.export_final = began, ended
+    tunesmith.ready.fuse_loss, tunesmith.run.export_final = began, ended
 
 
 @contextmanager

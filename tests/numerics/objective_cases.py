@@ -16,7 +16,7 @@ from tunesmith.data.prepare import prepare
 from tunesmith.data.stream import Stream
 from tunesmith.objectives import build_objective
 from tunesmith.recipe import Recipe
-from tunesmith.run import build_stream
+from tunesmith.streams import build_stream
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 from tunesmith.tracking import metrics_file
 

@@ -36,8 +36,9 @@ from tunesmith.model import load_model
 from tunesmith.module import TrainModule
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.recipe import Recipe
-from tunesmith.run import Resume, build_stream, run
+from tunesmith.run import Resume, run
 from tunesmith.step import train_step
+from tunesmith.streams import build_stream
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 
 STEPS = 6

@@ -34,10 +34,11 @@ from tunesmith.planning.optimizers import BF16_STATE_BYTES
 from tunesmith.precision import choose, round_parameters
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.advice import close
-from tunesmith.run import best_metric, build_stream, count_steps
+from tunesmith.run import best_metric
 from tunesmith.startup import check_packing, probe
 from tunesmith.step import train_step
 from tunesmith.strategies import Building, build_strategies
+from tunesmith.streams import build_stream, count_steps
 from tunesmith.tracking.text import duration, size
 from tunesmith.trainable import apply_trainable
 

@@ -23,7 +23,7 @@ from tunesmith.objectives import Objective, build_objective
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.paths import resolve_paths
-from tunesmith.run import build_stream
+from tunesmith.streams import build_stream
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 
 _BINS, _BAR = 10, 40
