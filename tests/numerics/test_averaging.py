@@ -20,6 +20,8 @@ from tunesmith.checkpoint.pieces import Saved
 from tunesmith.checkpoint.run_state import RunState
 from tunesmith.checkpoint.state import Progress
 from tunesmith.checkpoint.store import find_latest
+from tunesmith.commands.evaluate import evaluate_run
+from tunesmith.commands.finished import open_run
 from tunesmith.errors import UserError
 from tunesmith.loss_scale import LossScale
 from tunesmith.recipe import Recipe
@@ -286,6 +288,11 @@ def test_a_run_evaluates_and_exports_the_average(workshop: Path, pools: Pools, s
     assert not final(found)["lm_head.weight"].equal(final(plain)["lm_head.weight"])
     current = whole_run(workshop, pools, strategy, f"current-{strategy}", EMA | {"evaluate": "current"})
     assert evaluations(current) == evaluations(plain)
+    # a checkpoint is opened with the weights that the run's own evaluation of its step saw
+    for run_dir in (found, current, plain):
+        opened = evaluate_run(open_run(run_dir, 4))
+        assert opened.found.loss == pytest.approx(opened.in_the_run["loss"], rel=1e-6)
+        assert opened.in_the_run["loss"] == evaluations(run_dir)[1]
     assert all(value.equal(final(current)[name]) for name, value in final(found).items())
 
 

@@ -211,6 +211,15 @@ def test_a_task_is_opened_as_a_run_of_its_own(
         open_run(folder(made), task="other")
 
 
+def test_a_task_of_a_checkpoint_is_opened_with_the_average_that_was_evaluated(workshop: Path) -> None:
+    averaging = {"type": "ema", "decay": 0.5, "warmup": False}
+    made = trained(tasks_recipe(workshop, "tasks-ema", steps=9, averaging=averaging), workshop)
+    row = next(row for row in evaluations(made) if row["step"] == 6)
+    for name in NAMES:
+        found = evaluate_run(open_run(folder(made), 6, name)).found
+        assert found.loss == pytest.approx(row[f"eval_{name}_loss"], rel=1e-6)
+
+
 def test_replayed_rows_are_a_second_task(workshop: Path) -> None:
     """Beside the same two tasks written out, with the weights of the rows' shares; what was remembered is probed with
     the head that was trained along."""

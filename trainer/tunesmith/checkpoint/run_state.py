@@ -137,10 +137,17 @@ def load_parts(engine: Engine, path: Path, parts: Mapping[str, Part]) -> None:
             "another run_name"
         )
     for name, part in parts.items():
-        kind = _kind(name)
-        if any(path.glob(f"{kind}.json")) or any(path.glob(f"{kind}-*-of-*.json")):
-            part.load_sharded_state(read_shard_state(engine.shards(), Saved(path, kind)))
+        if (pieces := saved_part(path, name)) is not None:
+            part.load_sharded_state(read_shard_state(engine.shards(), pieces))
         part.load_state(saved[name])
+
+
+def saved_part(path: Path, name: str) -> Saved | None:
+    """What a strategy has in a checkpoint that is as large as the parameters: parameter's name as in `Shard` → key →
+    tensor. None where it has nothing."""
+    kind = _kind(name)
+    there = any(path.glob(f"{kind}.json")) or any(path.glob(f"{kind}-*-of-*.json"))
+    return Saved(path, kind) if there else None
 
 
 def load_weights(engine: Engine, path: Path, *, model_alone: bool = False) -> None:

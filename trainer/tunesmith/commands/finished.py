@@ -14,6 +14,7 @@ import torch
 
 from tunesmith.adapters.save import load as load_adapters
 from tunesmith.assemble import Assembled, assemble
+from tunesmith.averaging import put_average
 from tunesmith.checkpoint.run_state import load_weights
 from tunesmith.checkpoint.store import verify
 from tunesmith.engine import Engine, alone
@@ -126,9 +127,9 @@ def checkpoint_numbers(run_dir: Path) -> list[int]:
 
 
 def open_run(run_dir: Path, checkpoint: int | None = None, task: str | None = None) -> FinishedRun:
-    """The run in `run_dir` with the weights of `final/`, or of `checkpoint-N`; of a run of several tasks the model of
-    `task`. Raises UserError where the folder is no run, lacks what is asked for, or its weights do not fill the
-    model."""
+    """The run in `run_dir` with the weights of `final/`, or of `checkpoint-N` (the average where the run's evaluations
+    saw that); of a run of several tasks the model of `task`. Raises UserError where the folder is no run, lacks what is
+    asked for, or its weights do not fill the model."""
     quiet_libraries()
     of_task(read_recipe(run_dir), task)  # what is no run is told so first
     found = weights_folder(run_dir, checkpoint)
@@ -146,10 +147,14 @@ def open_run(run_dir: Path, checkpoint: int | None = None, task: str | None = No
         module.fused_head = None if isinstance(head, str) else head
     engine.rebuilt = built.rebuilt()
     engine.prepare(module, built.fill, Spec(SGD(name="sgd")))  # which holds no state, and takes no step
-    if saved is not None and described.task:
-        load_task(built.model, saved, described.task)
-    elif saved is not None:
-        load_weights(engine, saved, model_alone=True)
+    if saved is not None:
+        names: dict[str, str] = {}
+        if described.task:
+            names = load_task(built.model, saved, described.task)
+        else:
+            load_weights(engine, saved, model_alone=True)
+        if recipe.averaging is not None and recipe.averaging.evaluate == "averaged":
+            put_average(built.model, saved, names)
     engine.module.eval()
     weights = saved.name if saved else "final"
     return FinishedRun(run_dir, recipe, weights, tokenizer, objective, engine, described.task)

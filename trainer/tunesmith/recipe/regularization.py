@@ -51,7 +51,7 @@ class _Adversarial(Section):
     """`epsilon`: the L2 norm of what is added to a row's embeddings, all its tokens together. The loss is (1 − weight)
     × that of the rows as they are + weight × that of the perturbed ones."""
 
-    epsilon: PositiveFloat = 1.0
+    epsilon: PositiveFloat = 0.3
     weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
 
 

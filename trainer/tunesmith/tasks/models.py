@@ -150,15 +150,16 @@ def _refuse_others(backbones: Mapping[str, nn.Module]) -> None:
             )
 
 
-def load_task(model: Any, path: Path, task: str) -> None:
-    """The weights that a checkpoint of TaskModels has of a task into that task's model, whole on one device. Raises
-    UserError where it lacks some."""
+def load_task(model: Any, path: Path, task: str) -> dict[str, str]:
+    """The weights that a checkpoint of TaskModels has of a task into that task's model, whole on one device. Returns
+    what the checkpoint calls each of the model's. Raises UserError where it lacks some."""
     saved, prefix = Saved(path, WEIGHTS), f"{model.base_model_prefix}."
     names = saved.names()
     heads = {name.removeprefix(HEAD_OF).partition(".")[0] for name in names if name.startswith(HEAD_OF)}
     # a task that trains a model's own output may have that of another one
     owners = [task] if task in heads else [*sorted(heads)]
     found: dict[str, Tensor] = {}
+    called: dict[str, str] = {}
     for own in model.state_dict():
         places = [f"{HEAD_OF}{owner}.{own}" for owner in owners] + [f"backbone.{own}"]
         if own.startswith(prefix):
@@ -166,8 +167,10 @@ def load_task(model: Any, path: Path, task: str) -> None:
         place = next((name for name in places if name in names), None)
         if place is not None:
             found[own] = saved.whole(place)
+            called[own] = place
     missing = model.load_state_dict(found, strict=False).missing_keys
     values = dict(model.named_parameters(remove_duplicate=False))
     filled = {id(values[name]) for name in found if name in values}
     if left := [name for name in missing if name not in values or id(values[name]) not in filled]:
         raise UserError(f"{path} lacks weights of the task {task}: {', '.join(left[:5])}")
+    return called
