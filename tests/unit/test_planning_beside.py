@@ -76,6 +76,7 @@ def test_a_teacher_is_counted_from_its_files(
     assert beside(asked, Path()).whole == 307 * per_element
     # the tables of tokens keep their 4 bytes beside quantised layers, and are on every process
     (tmp_path / "final" / "config.json").write_text('{"vocab_size": 30}')
+    assert "needs beside its weights is not counted" in beside(asked, Path()).notes[0]
     table = 300 * (4 if "quantization" in teacher else per_element)
     assert beside(asked, Path()).whole == 7 * per_element + table
     shared = (
