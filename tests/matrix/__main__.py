@@ -41,11 +41,12 @@ def main(subject: str, words: list[str]) -> int:
     chosen = [cell for cell in cells.CELLS if all(word in str(cell) for word in words)]
     versions = {name: version(name) for name in VERSIONS}
     records: list[Any] = []
-    if words and table.RESULTS.exists():
-        older = table.read_results()
+    sheet = table.SHEET
+    if words and sheet.results.exists():
+        older = sheet.read()
         if older["versions"] != versions:
             sys.exit(f"the other records are of {older['versions']}: run them all")
-        records += [proof.Record(**values) for values in older["cells"]]
+        records += sheet.records(older)
     pools = LivingPools()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +56,7 @@ def main(subject: str, words: list[str]) -> int:
                 started = time.perf_counter()
                 record = proof.prove(cell, workshop, pools)
                 records.append(record)
-                table.write(records, versions)
+                sheet.write(records, versions, table.page)
                 said = "✓"
                 if record.failed or record.refused:
                     said = f"FAILS: {record.failed}" if record.failed else f"refused: {record.refused}"

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from tests.matrix.matrix_cells import CELLS, ENGINE_FAMILY, ENGINES, FAMILIES, METHODS, MIDDLE, STEPS, Cell
+from tests.matrix.matrix_cells import CELLS, ENGINE_FAMILY, ENGINES, FAMILIES, METHODS, MIDDLE, STEPS
 from tests.matrix.matrix_proof import SAME, SAME_LOSSES, Record
-
-DOCS = Path(__file__).parents[2] / "docs"
-RESULTS, PAGE = DOCS / "adapters-matrix.json", DOCS / "adapters-matrix.md"
+from tests.matrix.matrix_sheet import Sheet, joined, reason
 
 _HEAD = f"""\
 # Adapters: what works, on which model, on which engine
@@ -33,50 +28,28 @@ there is nothing to merge. A cell that is refused says why, with exit code 2, be
 """
 
 
-def page(results: dict[str, Any]) -> str:
-    """The whole page. `results`: `{"versions": {…}, "cells": [records]}`."""
-    records = [Record(**values) for values in results["cells"]]
-    found = {(record.method, record.column): record for record in records}
-    reasons = list(dict.fromkeys(_reason(record) for record in records if _reason(record)))
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    parts = [
-        _HEAD,
-        "## One process",
-        _table(tuple(FAMILIES), found, reasons),
-        f"## Two processes ({ENGINE_FAMILY})",
-        _table(ENGINES, found, reasons),
-        *(["## Reasons"] if reasons else []),
-        "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)),
-        "## Figures of one process",
-        _figures(records),
-        f"Versions: {versions}.",
-    ]
-    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
-
-
-def _reason(record: Record) -> str:
-    return record.refused or record.failed
-
-
-def _table(columns: Iterable[str], found: dict[tuple[str, str], Record], reasons: list[str]) -> str:
-    columns = list(columns)
-    lines = [f"| trained | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for method in METHODS:
-        cells = [_cell(found.get((method, column)), reasons) for column in columns]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(record: Record | None, reasons: list[str]) -> str:
-    if record is None:
-        return "not run"
-    if reason := _reason(record):
-        return f"{'refused' if record.refused else 'FAILS'} ({reasons.index(reason) + 1})"
-    return f"✓ {_difference(record.reloaded)} · {_difference(record.merged)}"
+def _shown(record: Record) -> str:
+    return f"{_difference(record.reloaded)} · {_difference(record.merged)}"
 
 
 def _difference(value: float | None) -> str:
     return "–" if value is None else "0" if value == 0 else f"{value:.0e}"
+
+
+SHEET = Sheet("method", tuple(METHODS), CELLS, Record, _shown, "adapters-matrix")
+
+
+def page(results: dict[str, Any]) -> str:
+    """The whole page. `results`: `{"versions": {…}, "cells": [records]}`."""
+    records = SHEET.records(results)
+    parts = [
+        _HEAD,
+        "## One process",
+        SHEET.table("trained", FAMILIES, records),
+        f"## Two processes ({ENGINE_FAMILY})",
+        SHEET.table("trained", ENGINES, records),
+    ]
+    return joined(parts, records, results["versions"], "## Figures of one process", _figures(records))
 
 
 def _figures(records: list[Record]) -> str:
@@ -85,34 +58,6 @@ def _figures(records: list[Record]) -> str:
         f"| {record.method} | {record.column} | {record.first_loss:.3f} → {record.last_loss:.3f} | "
         f"{record.trained:,} | {record.trained + record.frozen:,} | {record.bytes:,} |"
         for record in records
-        if record.column in FAMILIES and not _reason(record)
+        if record.column in FAMILIES and not reason(record)
     ]
     return "\n".join(lines)
-
-
-def read_results() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text(encoding="utf-8"))
-
-
-def committed(cell: Cell) -> Record:
-    """The record of a cell in the committed results."""
-    [values] = [
-        values
-        for values in read_results()["cells"]
-        if (values["method"], values["column"]) == (cell.method, cell.column)
-    ]
-    return Record(**values)
-
-
-def write(records: Iterable[Record], versions: dict[str, str]) -> None:
-    """Both files; of two records of a cell the later counts, and cells stand in the order of CELLS."""
-    found = {(record.method, record.column): record for record in records}
-    cells = [
-        found[cell.method, cell.column].as_json() for cell in CELLS if (cell.method, cell.column) in found
-    ]
-    results = {"versions": versions, "cells": cells}
-    lines = ",\n  ".join(json.dumps(values, ensure_ascii=False) for values in cells)
-    RESULTS.write_text(
-        f'{{"versions": {json.dumps(versions)},\n "cells": [\n  {lines}\n ]}}\n', encoding="utf-8"
-    )
-    PAGE.write_text(page(results), encoding="utf-8")

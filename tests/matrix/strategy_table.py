@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from tests.matrix.strategy_cells import CELLS, ENGINES, MIDDLE, OBJECTIVES, STEPS, Cell
+from tests.matrix.matrix_sheet import Sheet, joined
+from tests.matrix.strategy_cells import CELLS, ENGINES, MIDDLE, OBJECTIVES, STEPS
 from tests.matrix.strategy_proof import SAME, Record
 from tests.matrix.strategy_settings import STRATEGIES, Strategy
-
-DOCS = Path(__file__).parents[2] / "docs"
-RESULTS, PAGE = DOCS / "strategies-matrix.json", DOCS / "strategies-matrix.md"
 
 _HEAD = f"""\
 # Strategies: what works with which objective, on which engine
@@ -35,26 +30,26 @@ freezing and unfreezing ([their own table](adapters-matrix.md)).
 """
 
 
+def _shown(record: Record) -> str:
+    return "–" if record.apart is None else f"{record.apart:.0e}" if record.apart else "0"
+
+
+SHEET = Sheet("strategy", tuple(STRATEGIES), CELLS, Record, _shown, "strategies-matrix")
+
+
 def page(results: dict[str, Any]) -> str:
     """The whole page. `results`: `{"versions": {…}, "cells": [records]}`."""
-    records = [Record(**values) for values in results["cells"]]
-    found = {(record.strategy, record.column): record for record in records}
-    reasons = list(dict.fromkeys(_reason(record) for record in records if _reason(record)))
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    records = SHEET.records(results)
+    elsewhere = "; ".join(f"{on} ({names})" for on, names in _elsewhere().items())
     parts = [
         _HEAD,
         "## One process, every objective",
-        _table(tuple(OBJECTIVES), found, reasons),
+        SHEET.table("strategy", OBJECTIVES, records),
         "## Two processes",
-        "On single-label classification, or on an objective that the strategy is for: "
-        + "; ".join(f"{on} ({names})" for on, names in _elsewhere().items())
-        + ".",
-        _table(ENGINES, found, reasons),
-        *(["## Reasons"] if reasons else []),
-        "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)),
-        f"Versions: {versions}.",
+        f"On single-label classification, or on an objective that the strategy is for: {elsewhere}.",
+        SHEET.table("strategy", ENGINES, records),
     ]
-    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+    return joined(parts, records, results["versions"])
 
 
 def _elsewhere() -> dict[str, str]:
@@ -64,52 +59,3 @@ def _elsewhere() -> dict[str, str]:
         if strategy.on != Strategy.on:
             found.setdefault(strategy.on, []).append(name)
     return {on: ", ".join(names) for on, names in found.items()}
-
-
-def _reason(record: Record) -> str:
-    return record.refused or record.failed
-
-
-def _table(columns: Iterable[str], found: dict[tuple[str, str], Record], reasons: list[str]) -> str:
-    columns = list(columns)
-    lines = [f"| strategy | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for strategy in STRATEGIES:
-        cells = [_cell(found.get((strategy, column)), reasons) for column in columns]
-        lines.append(f"| {strategy} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(record: Record | None, reasons: list[str]) -> str:
-    if record is None:
-        return "not run"
-    if reason := _reason(record):
-        return f"{'refused' if record.refused else 'FAILS'} ({reasons.index(reason) + 1})"
-    return "✓ –" if record.apart is None else f"✓ {record.apart:.0e}" if record.apart else "✓ 0"
-
-
-def read_results() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text(encoding="utf-8"))
-
-
-def committed(cell: Cell) -> Record:
-    """The record of a cell in the committed results."""
-    [values] = [
-        values
-        for values in read_results()["cells"]
-        if (values["strategy"], values["column"]) == (cell.strategy, cell.column)
-    ]
-    return Record(**values)
-
-
-def write(records: Iterable[Record], versions: dict[str, str]) -> None:
-    """Both files; of two records of a cell the later counts, and cells stand in the order of CELLS."""
-    found = {(record.strategy, record.column): record for record in records}
-    cells = [
-        found[cell.strategy, cell.column].as_json() for cell in CELLS if (cell.strategy, cell.column) in found
-    ]
-    results = {"versions": versions, "cells": cells}
-    lines = ",\n  ".join(json.dumps(values, ensure_ascii=False) for values in cells)
-    RESULTS.write_text(
-        f'{{"versions": {json.dumps(versions)},\n "cells": [\n  {lines}\n ]}}\n', encoding="utf-8"
-    )
-    PAGE.write_text(page(results), encoding="utf-8")

@@ -3,16 +3,14 @@ of it, and writes both."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.matrix.matrix_cells import CELLS, METHODS, Cell
 from tests.matrix.matrix_models import build_workshop
 from tests.matrix.matrix_proof import prove
-from tests.matrix.matrix_table import PAGE, committed, page, read_results
+from tests.matrix.matrix_table import SHEET, page
 from tests.numerics.rank_pool import LivingPools
 
 pytestmark = [
@@ -44,18 +42,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def pools() -> Iterator[LivingPools]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    made = LivingPools()
-    yield made
-    made.stop()
-    torch.set_num_threads(threads)
-
-
 def _holds(cell: Cell, workshop: Path, pools: LivingPools) -> None:
-    expected, found = committed(cell), prove(cell, workshop, pools)
+    expected, found = SHEET.committed(cell), prove(cell, workshop, pools)
     assert found.failed == ""
     assert found.refused == expected.refused
     assert (found.trained, found.frozen, found.tensors) == (
@@ -77,8 +65,8 @@ def test_a_cell_of_two_processes(method: str, column: str, workshop: Path, pools
 
 
 def test_the_page_is_what_the_records_say() -> None:
-    results = read_results()
-    assert PAGE.read_text(encoding="utf-8") == page(results)
+    results = SHEET.read()
+    assert SHEET.page.read_text(encoding="utf-8") == page(results)
     known = [(cell.method, cell.column) for cell in CELLS]
     places = [known.index((cell["method"], cell["column"])) for cell in results["cells"]]
     assert places == list(range(len(known)))
@@ -86,7 +74,7 @@ def test_the_page_is_what_the_records_say() -> None:
 
 
 def test_a_page_shows_every_outcome() -> None:
-    results = read_results()
+    results = SHEET.read()
     first, second, *rest = results["cells"]
     assert (first["method"], second["method"]) == tuple(list(METHODS)[:2])
     changed = page(

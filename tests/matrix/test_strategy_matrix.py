@@ -3,16 +3,14 @@ runs all of it, and writes both."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.matrix.strategy_cells import CELLS, Cell
 from tests.matrix.strategy_proof import prove
 from tests.matrix.strategy_settings import STRATEGIES, build_workshop
-from tests.matrix.strategy_table import PAGE, committed, page, read_results
+from tests.matrix.strategy_table import SHEET, page
 from tests.numerics.rank_pool import LivingPools
 
 # each kind of part (stream, term, penalty, step, rollout, state) and each objective, and what is refused by the rules,
@@ -53,18 +51,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def pools() -> Iterator[LivingPools]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    made = LivingPools()
-    yield made
-    made.stop()
-    torch.set_num_threads(threads)
-
-
 def _holds(cell: Cell, workshop: Path, pools: LivingPools) -> None:
-    expected, found = committed(cell), prove(cell, workshop, pools)
+    expected, found = SHEET.committed(cell), prove(cell, workshop, pools)
     assert found.failed == ""
     assert found.refused == expected.refused
     assert (found.apart is None) == (expected.apart is None)
@@ -89,22 +77,22 @@ def test_a_cell_of_two_processes(strategy: str, column: str, workshop: Path, poo
 
 
 def test_the_page_is_what_the_records_say() -> None:
-    results = read_results()
-    assert PAGE.read_text(encoding="utf-8") == page(results)
+    results = SHEET.read()
+    assert SHEET.page.read_text(encoding="utf-8") == page(results)
     known = [(cell.strategy, cell.column) for cell in CELLS]
     assert [(cell["strategy"], cell["column"]) for cell in results["cells"]] == known
     assert [(cell["strategy"], cell["column"]) for cell in results["cells"] if cell["failed"]] == []
 
 
 def test_every_strategy_works_on_its_own_objective_and_somewhere_in_shards() -> None:
-    found = {(cell["strategy"], cell["column"]): cell for cell in read_results()["cells"]}
+    found = {(cell["strategy"], cell["column"]): cell for cell in SHEET.read()["cells"]}
     for name, strategy in STRATEGIES.items():
         assert found[name, strategy.on]["refused"] == "", name
         assert any(found[name, engine]["refused"] == "" for engine in ("zero2", "zero3", "fsdp2")), name
 
 
 def test_a_page_shows_every_outcome() -> None:
-    first, second, *rest = read_results()["cells"]
+    first, second, *rest = SHEET.read()["cells"]
     names = list(STRATEGIES)
     assert (first["strategy"], second["strategy"]) == (names[0], names[1])
     worked = {"refused": "", "failed": "", "moved": 0.1, "apart": 2e-7}
