@@ -107,6 +107,22 @@ def test_a_resumed_run_ends_with_the_same_bits(
         assert all(torch.equal(whole[key], value) for key, value in weights.items()), name
 
 
+def test_weights_that_change_are_in_the_log(workshop: Path, alone: dict[str, Recipe]) -> None:
+    """GradNorm's factors on the tasks' own weights begin at 1, move, and sum to the number of tasks; fixed weights are
+    not repeated."""
+    made = expected(alone, workshop, "gradnorm")
+    own = [made.tasks[name].weight for name in NAMES]
+    factors = [
+        [row[f"weight/{name}"] / weight for name, weight in zip(NAMES, own, strict=True)]
+        for row in training(made)
+    ]
+    assert factors[0] == pytest.approx([1.0] * len(NAMES))
+    assert [sum(row) for row in factors] == pytest.approx([len(NAMES)] * len(factors))
+    assert factors[-1] != pytest.approx(factors[0], abs=1e-4)
+    fixed = training(expected(alone, workshop, "proportional"))
+    assert not any(key.startswith("weight/") for row in fixed for key in row)
+
+
 def test_every_task_loads_with_its_auto_class(workshop: Path, alone: dict[str, Recipe]) -> None:
     made = expected(alone, workshop, "proportional")
     classes: dict[str, Any] = {

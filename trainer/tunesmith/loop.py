@@ -17,7 +17,7 @@ from tunesmith.later import Later
 from tunesmith.loss_scale import LossScale
 from tunesmith.memory import peak_memory_bytes
 from tunesmith.nonfinite import explain_nonfinite
-from tunesmith.parts import Strategies
+from tunesmith.parts import StepPart, Strategies
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.schedule import ReduceOnPlateau
 from tunesmith.schedules import Plateau, multiplier
@@ -222,7 +222,8 @@ class Loop:
         return {f"learning_rate/{group['place']}": group["lr"] for group in groups}
 
     def _strategies(self) -> dict[str, float]:
-        """What each term and each penalty of the window was, where there is more than the objective's own loss."""
+        """What each term and each penalty of the window was, where there is more than the objective's own loss, and the
+        terms' weights, where they change from step to step."""
         found: dict[str, float] = {}
         if len(self.terms) > 1:
             terms = torch.stack([result.terms for result in self._window])
@@ -230,6 +231,10 @@ class Loop:
             means = (terms * there).sum(0) / there.sum(0).clamp(min=1)  # over the steps that had units of it
             for term, value, some in zip(self.terms, means.tolist(), there.any(0).tolist(), strict=True):
                 found |= {f"loss/{term.name}": value} if some else {}
+        if any(type(part).weights is not StepPart.weights for part in self.strategies.steps):
+            weights = torch.stack([result.weights for result in self._window]).mean(0)
+            pairs = zip(self.terms, weights.tolist(), strict=True)
+            found |= {f"weight/{term.name}": value for term, value in pairs}
         for name in self._window[0].penalties:
             values = torch.stack([result.penalties[name] for result in self._window])
             found[f"penalty/{name}"] = float(values.mean())

@@ -28,6 +28,7 @@ class StepResult:
 
     loss: Tensor  # 0-dim fp64: Σ weight × sum / units over the global batch
     terms: Tensor  # fp64 [terms]: sum / units of each
+    weights: Tensor  # fp64 [terms]: what each counted in the loss
     penalties: dict[str, Tensor]  # 0-dim fp64, by the name of the strategy
     norm: Tensor  # 0-dim fp64: of the global gradient, before clipping
     counts: Tensor  # fp64 [terms + 3]: units per term, samples, tokens, ranks that were asked to stop
@@ -98,4 +99,4 @@ def train_step(
     for part in strategies.steps:
         part.observe(step, losses)
         part.after_step(step, skip)
-    return StepResult(total, losses, penalties, norm, counts, broken, skip * scale.enabled)
+    return StepResult(total, losses, weights, penalties, norm, counts, broken, skip * scale.enabled)

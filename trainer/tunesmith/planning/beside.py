@@ -60,7 +60,9 @@ def beside(recipe: Recipe, base: Path) -> Beside:
         except (UserError, OSError) as error:
             notes.append(f"the old model's weights are not counted: {error}")
     if whole or dealt:
-        notes.append("what a forward of the teacher (or of the old model) needs beside its weights is not counted")
+        notes.append(
+            "what a forward of the teacher (or of the old model) needs beside its weights is not counted"
+        )
     views = 1 if recipe.regularization.r_drop is None else 2
     return Beside(per_weight(recipe), whole, dealt, views, tuple(notes))
 
