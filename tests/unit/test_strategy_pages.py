@@ -1,4 +1,5 @@
-"""Every page of a strategy says what it is, when it is for something, what it costs, and has a recipe."""
+"""Every page of a strategy says what it is, when it is for something, what it costs and what was measured, and has a
+recipe."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ PAGES = sorted((ROOT / "docs/strategies").glob("*.md"))
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_is_complete_and_its_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for part in ("**What.**", "**When.**", "**Cost.**"):
+    for part in ("**What.**", "**When.**", "**Cost.**", "**Measured.**"):
         assert part in text, part
     assert re.search(r"configs/\w+(\.yaml|`)", text), "no recipe"
     named = re.findall(r"`?configs/(\w+)\b(?:\.yaml)?", text)
