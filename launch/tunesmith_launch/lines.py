@@ -22,13 +22,14 @@ Event = Literal["called", "ended", "gone"]
 
 @dataclass(slots=True, eq=False)
 class Rank:
-    """One rank. `ending` is its last word; `number` and `pid` are known once it has called. `silent`: seconds since
-    the last beat; `lost`: its line broke, and not by our doing."""
+    """One rank. `ending` is its last word, `unsaid` what it left to the supervisor to say of it; `number` and `pid` are
+    known once it has called. `silent`: seconds since the last beat; `lost`: its line broke, and not by our doing."""
 
     line: socket.socket
     number: int = -1
     pid: int = 0
     ending: Ending | None = None
+    unsaid: str = ""
     unread: bytes = b""
     beat: Beat = field(default_factory=Beat)
     silent: float = 0.0
@@ -55,6 +56,7 @@ class Rank:
                     socket.send_fds(self.line, [b"!"], [2])
                 yield "called"
             else:
+                self.unsaid = message.pop("unsaid")
                 self.ending = Ending(**message)
                 yield "ended"
         if not data:

@@ -22,11 +22,17 @@ class Outcome:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.told: list[Ending] = []
+        self._unsaid: dict[Ending, str] = {}
 
     @property
     def is_known(self) -> bool:
         """Whether somebody has said why the run fails."""
         return any(ending.code for ending in self.told)
+
+    def hear(self, ending: Ending, unsaid: str) -> None:
+        """A rank's last word. `unsaid`: what the user is to read if it counts, "" where the rank has said it."""
+        self.told.append(ending)
+        self._unsaid[ending] = unsaid
 
     def tell(self, ending: Ending) -> int:
         """Says and records what no rank of this machine could, unless another has told the cause; its code."""
@@ -51,6 +57,9 @@ class Outcome:
         if status and elsewhere is not None and (cause is None or elsewhere.outranks(cause)):
             print(elsewhere.reason, file=sys.stderr, flush=True)
             cause = elsewhere
+        elif cause is not None and cause.code and (cause.is_cause or elsewhere is None):
+            sys.stderr.write(self._unsaid.get(cause, ""))
+            sys.stderr.flush()
         explained = True
         if cause is not None and cause.code:
             code = cause.code

@@ -163,7 +163,7 @@ class _Watch:
                         rank.send(self.stop)  # it came late
                 case "ended":
                     assert rank.ending is not None
-                    self._ended(rank.ending)
+                    self._ended(rank.ending, rank.unsaid)
                 case "gone":
                     self.selector.unregister(rank.line)
                     rank.line.close()
@@ -173,13 +173,13 @@ class _Watch:
                         self._expect_end(self.grace.failure)
                         rank.lost = self.stop is None and not self.forces
 
-    def _ended(self, ending: Ending) -> None:
+    def _ended(self, ending: Ending, unsaid: str) -> None:
         if ending.code:
             agreed = ending.code in {STOPPED, INTERRUPTED}
             self._expect_end(self.grace.saving if agreed else self.grace.failure)
         if ending.code == PEER_LOST and self.command.has_agent and self.stop is None:
             return  # which one, and why, the judge says
-        self.outcome.told.append(ending)
+        self.outcome.hear(ending, unsaid)
         if ending.is_cause and self.lease is not None:
             self.lease.tell(ending)
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import indent
 from typing import IO, Any
 
 import psutil
@@ -30,7 +31,7 @@ data: {train: {path: a.csv, format: classification, columns: {text: text, label:
 objective: {type: classification}
 """
 
-# one rank: the real entry; BODY is what it does for training
+# one rank: the real entry; READ is what it does before it reads the recipe, BODY what it does for training
 RANK = """
 import os, signal, sys, types
 from tunesmith.errors import *
@@ -42,8 +43,12 @@ BODY
 module = types.ModuleType("tunesmith.run")
 module.run, module.Resume = run, lambda *how: how
 sys.modules["tunesmith.run"] = module
-from tunesmith.__main__ import main
-sys.exit(main())
+import tunesmith.__main__ as entry
+def reads(load, *given):
+READ
+    return load(*given)
+entry.load_recipe = lambda *given, load=entry.load_recipe: reads(load, *given)
+sys.exit(entry.main())
 """
 
 # torchrun's agent: ranks in sessions of their own, the others ended as soon as one fails, a table, and exit code 1
@@ -118,11 +123,17 @@ class Job:
 def jobs(tmp_path: Path) -> Iterator[Any]:
     started: list[Job] = []
 
-    def start(body: str, *, ranks: int = 2, grace: dict[str, float] | None = None, **variables: str) -> Job:
+    def start(
+        body: str,
+        *,
+        read: str = "",
+        ranks: int = 2,
+        grace: dict[str, float] | None = None,
+        **variables: str,
+    ) -> Job:
         (tmp_path / "r.yaml").write_text(RECIPE)
-        (tmp_path / "rank.py").write_text(
-            RANK.replace("BODY", "".join(f"    {b}\n" for b in body.splitlines()))
-        )
+        program = RANK.replace("BODY", indent(body, "    ")).replace("READ", indent(read, "    "))
+        (tmp_path / "rank.py").write_text(program)
         (tmp_path / "agent.py").write_text(AGENT)
         folder = tmp_path / "runs" / "r"
         go = tmp_path / "go"
@@ -200,6 +211,44 @@ def test_an_error_for_the_user_is_said_once_and_its_code_returned(
     found = job.exit_json()
     assert (found["code"], err) == (code, found["reason"] + "\n")
     assert "Error" not in err
+
+
+FIRST_WAITS = "if rank == 0: wait()\n"
+
+
+def test_a_rank_that_is_ended_before_it_knows_the_folder_leaves_the_word_to_the_other(jobs: Any) -> None:
+    """The agent ends rank 0, which has not read the recipe, for rank 1's error."""
+    job = jobs("raise UserError('wrong')", read=FIRST_WAITS)
+    assert job.end() == (2, "", "wrong\n")
+    assert job.exit_json()["rank"] == 1
+
+
+def test_an_error_that_only_a_later_rank_came_to_is_said(jobs: Any) -> None:
+    """No rank knows the folder yet."""
+    assert jobs("pass", read=FIRST_WAITS + "raise UserError('wrong')").end() == (2, "", "wrong\n")
+
+
+def test_an_error_that_all_ranks_came_to_is_said_once(jobs: Any) -> None:
+    assert jobs("pass", read="raise UserError('wrong')").end() == (2, "", "wrong\n")
+
+
+def test_a_fault_of_ours_that_only_a_later_rank_came_to_shows_its_traceback(jobs: Any) -> None:
+    code, _, err = jobs("pass", read=FIRST_WAITS + "raise KeyError('ours')").end()
+    assert code == 1
+    assert err.count("Traceback") == 1
+    assert err.endswith("KeyError: 'ours'\n")
+    assert "interrupted" not in err
+
+
+@pytest.mark.parametrize("knows", ["neither", "one"])
+def test_a_stop_before_all_ranks_know_the_folder_is_said_once(jobs: Any, knows: str) -> None:
+    job = jobs(
+        "say('x')\nwait()", read="if rank == 0: say('x'); wait()\n" if knows == "one" else "say('x'); wait()"
+    )
+    job.lines(2)
+    job.ctrl_c()
+    code, _, err = job.end()
+    assert (code, err) == (130, "interrupted before the first checkpoint: nothing was saved\n")
 
 
 def test_the_cause_counts_and_not_the_peer_that_lost_its_connection(jobs: Any) -> None:

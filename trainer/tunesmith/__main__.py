@@ -102,11 +102,12 @@ class Supervisor:
             return False
         return True
 
-    def report(self, ending: Ending) -> None:
+    def report(self, ending: Ending, unsaid: str = "") -> None:
+        """`unsaid`: what the user is to read if this is how the run ended, "" where a rank has said it."""
         with contextlib.suppress(OSError):  # gone: exit.json and the exit code are left
             if ending.code == PEER_LOST and self.watchdog is not None:
                 self._say({"beat": self.watchdog.last_words().to_json()})
-            self._say(asdict(ending))
+            self._say(asdict(ending) | {"unsaid": unsaid})
 
 
 def several() -> bool:
@@ -138,18 +139,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _on_signals(_nothing)
         told = describe(error, word.folder)
         code, reason = told or (1, "".join(traceback.format_exception_only(error)).strip())
-        speak, reason = word.leave(code, reason)
+        debug = os.environ.get("TUNESMITH_DEBUG") == "1"
+        trace = "".join(traceback.format_exception(error)) if debug or told is None else ""
+        speak, reason = word.leave(code, reason, trace if told is None else f"{reason}\n{trace}")
         _on_signals(signal.SIG_DFL)
         if speak and told is None:
             raise
         if speak:
-            print(reason, file=sys.stderr, flush=True)
-            if os.environ.get("TUNESMITH_DEBUG") == "1":
-                traceback.print_exception(error)
+            sys.stderr.write(f"{reason}\n{trace}")
+            sys.stderr.flush()
         return code
     if rank != 0:
         word.folder = None
-    word.leave(0, "done")
+    word.leave(0, "done", "")
     return 0
 
 
@@ -193,15 +195,18 @@ class _Word:
     supervisor: Supervisor | None = None
     peers: Peers | None = None
 
-    def leave(self, code: int, reason: str) -> tuple[bool, str]:
-        """Leaves word of the ending. Whether it is for this rank to tell the user, and what."""
+    def leave(self, code: int, reason: str, words: str) -> tuple[bool, str]:
+        """Leaves word of the ending. Whether it is for this rank to tell the user, and the reason. `words`: what a
+        user would then read."""
         if self.peers is not None and code != PEER_LOST:
             self.peers.watchdog.stop()
         step = None if self.folder is None else last_step(self.folder)
         ending = Ending(code, reason, self.rank, step)
         if code == PEER_LOST and self.supervisor is not None:
             self.supervisor.report(ending)  # now: it asks everybody, and says whose fault it was
-        speak = os.environ.get("LOCAL_RANK", "0") == "0"  # without a folder, all ranks fail alike
+        # without a folder all ranks fail alike, or were stopped for another's failure: the supervisor knows which
+        speak = self.supervisor is None and os.environ.get("LOCAL_RANK", "0") == "0"
+        unsaid = words if self.folder is None else ""
         if self.folder is not None:
             self._wait(code, self.folder)
             if code == PEER_LOST and self.peers is not None and read(self.folder) is None:
@@ -210,7 +215,7 @@ class _Word:
                     ending = Ending(code, verdict.reason, verdict.rank, verdict.step)
             speak = self._record(self.folder, ending)
         if self.supervisor is not None and code != PEER_LOST:
-            self.supervisor.report(ending)
+            self.supervisor.report(ending, unsaid)
         return speak, ending.reason
 
     def _wait(self, code: int, folder: Path) -> None:
