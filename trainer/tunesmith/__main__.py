@@ -36,6 +36,7 @@ from tunesmith.ending import (
 from tunesmith.errors import MachineError
 from tunesmith.peers import Peers
 from tunesmith.recipe.load import Loaded, load_recipe
+from tunesmith.torch_threads import leave
 from tunesmith.watchdog import Watchdog, keep_records
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -108,6 +109,11 @@ class Supervisor:
             if ending.code == PEER_LOST and self.watchdog is not None:
                 self._say({"beat": self.watchdog.last_words().to_json()})
             self._say(asdict(ending) | {"unsaid": unsaid})
+
+    def stop(self) -> None:
+        """No beat follows."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
 
 
 def several() -> bool:
@@ -216,6 +222,8 @@ class _Word:
             speak = self._record(self.folder, ending)
         if self.supervisor is not None and code != PEER_LOST:
             self.supervisor.report(ending, unsaid)
+        if self.supervisor is not None:
+            self.supervisor.stop()
         return speak, ending.reason
 
     def _wait(self, code: int, folder: Path) -> None:
@@ -244,4 +252,4 @@ class _Word:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

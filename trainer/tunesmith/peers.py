@@ -12,13 +12,13 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol
 
+from tunesmith import torch_threads
 from tunesmith.culprit import SILENCE, Beat, State, Verdict, Witness, judge
 from tunesmith.watchdog import INTERVAL, Watchdog
 
@@ -79,8 +79,7 @@ class Peers:
         """The verdict on the job: the first rank's that comes to one. `reason` is what this rank knows itself. None
         where the store does not answer in time."""
         found: list[Verdict] = []
-        thread = threading.Thread(target=lambda: found.extend(self._judge(reason)), daemon=True)
-        thread.start()
+        thread = torch_threads.start(lambda: found.extend(self._judge(reason)))
         thread.join(2 * _BETWEEN + 1.0)
         return found[0] if found else None
 

@@ -20,10 +20,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from tunesmith import torch_threads
 from tunesmith.culprit import STEP, Beat, Collective
 
 INTERVAL = 1.0  # seconds between beats
 _ENTRIES = "128"
+_LAST = 5.0  # seconds for a beat that is being told when the watchdog is stopped
 _TELLING = 2.0  # seconds in a collective after which its history is sent along
 
 _steps: deque[tuple[int, int]] = deque(maxlen=64)  # (optimizer steps done, time in ns)
@@ -113,7 +115,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._failed = False
-        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+        self._thread = torch_threads.start(self._run)
 
     def last_words(self) -> Beat:
         """Where the rank was when it failed, from any thread; so it will be in all further beats."""
@@ -122,7 +124,9 @@ class Watchdog:
             return self._recorder.beat(last=True)
 
     def stop(self) -> None:
+        """No beat follows. Waits for the one that is being told."""
         self._stopped.set()
+        self._thread.join(_LAST)
 
     def _run(self) -> None:
         while not self._stopped.wait(INTERVAL):

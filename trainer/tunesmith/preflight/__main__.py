@@ -17,6 +17,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.preflight.exchange import Patience
 from tunesmith.preflight.findings import exit_code
 from tunesmith.recipe.load import load_recipe
+from tunesmith.torch_threads import leave
 
 if TYPE_CHECKING:
     from tunesmith.preflight.agree import Preflight
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(reason, file=sys.stderr, flush=True)
     if supervisor is not None:
         supervisor.report(Ending(code, reason, rank, None))
+        supervisor.stop()
     return code
 
 
@@ -90,4 +92,4 @@ def _sums(preflight: Preflight) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,12 +6,12 @@ from __future__ import annotations
 import errno
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
+from tunesmith import torch_threads
 from tunesmith.errors import MachineError, UserError
 from tunesmith.preflight.probe import Probe
 
@@ -43,8 +43,7 @@ def bounded(work: Callable[[], T], seconds: float, late: Callable[[], Exception]
         except BaseException as error:  # noqa: BLE001 (raised in the caller's thread)
             failed.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    thread = torch_threads.start(run)
     thread.join(seconds)
     if thread.is_alive():
         raise late()
