@@ -1,4 +1,4 @@
-"""What augmentation costs: rows per second of the stream, and the time of a step, beside the plain run.
+"""What augmentation costs the stream: its rows per second beside the plain run's.
 
     python bench/augmentation.py --data train.csv [--model builtin:minilm] [--rounds 5]
 
@@ -15,17 +15,11 @@ from typing import Any
 
 import torch
 
-from tunesmith.assemble import assemble
 from tunesmith.data.prepare import prepare
 from tunesmith.data.stream import Stream
-from tunesmith.embedding_noise.cutoff import Cutoff
-from tunesmith.embedding_noise.hook import EmbeddingNoise, ways_of_reading
-from tunesmith.embedding_noise.mixup import MixedTerm, mix
-from tunesmith.module import TrainModule
 from tunesmith.objectives import build_objective
 from tunesmith.quiet import quiet_libraries
 from tunesmith.recipe import Recipe
-from tunesmith.recipe import augment as settings
 from tunesmith.streams import build_stream
 from tunesmith.tokenizer import tokenizer_for, tokenizer_hash
 
@@ -42,9 +36,7 @@ OPERATIONS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def built(
-    arguments: argparse.Namespace, folder: Path, augment: list[dict[str, Any]]
-) -> tuple[Recipe, Stream]:
+def built(arguments: argparse.Namespace, folder: Path, augment: list[dict[str, Any]]) -> Stream:
     table = folder / "synonyms.tsv"
     table.write_text("card\tpass\nmy\tthe\ni\twe\nhow\twhy\n", encoding="utf-8")
     augment = [{**one, "table": str(table)} if "table" in one else one for one in augment]
@@ -66,21 +58,7 @@ def built(
     tokenizer, _ = tokenizer_for(recipe, Path())
     objective = build_objective(recipe, tokenizer)
     datasets = prepare(recipe.data, Path(), objective, tokenizer_hash(tokenizer))
-    return recipe, build_stream(recipe, datasets["train"], objective)
-
-
-def module_of(recipe: Recipe, stream: Stream, model: Any) -> TrainModule:
-    changes: list[Any] = []
-    for number, one in enumerate(recipe.data.augment):
-        if isinstance(one, settings.Mixup):
-            changes.append(mix)
-        if isinstance(one, settings.Cutoff):
-            changes.append(Cutoff(one, number, tuple(stream.objective.tokenizer.all_special_ids), False))
-    parts = [EmbeddingNoise(changes)] if changes else []
-    for part in parts:
-        part.attach(*ways_of_reading(model))
-    own = MixedTerm if mix in changes else None
-    return TrainModule(model, stream.objective, "fp32", (), parts, own)
+    return build_stream(recipe, datasets["train"], objective)
 
 
 def main() -> None:
@@ -96,30 +74,18 @@ def main() -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         made = {name: built(arguments, Path(folder), augment) for name, augment in OPERATIONS.items()}
-        recipe, stream = made["plain"]
-        model: Any = assemble(
-            recipe, Path(), stream.objective, stream.objective.tokenizer, torch.device("cpu")
-        ).model
-        modules = {name: module_of(*pair, model) for name, pair in made.items()}
         rates: dict[str, list[float]] = {name: [] for name in made}
-        steps: dict[str, list[float]] = {name: [] for name in made}
         for _ in range(arguments.rounds):
-            for name, (_, stream) in made.items():
+            for name, stream in made.items():
                 started = time.perf_counter()
                 for step in range(ROWS // BATCH):
-                    (batch,) = stream.batches(step, 0, 1, prefetch=False)
+                    stream.batches(step, 0, 1, prefetch=False)
                 rates[name].append(ROWS / (time.perf_counter() - started))
-                started = time.perf_counter()
-                for step in (0, 1):
-                    (batch,) = stream.batches(step, 0, 1, prefetch=False)
-                    modules[name](batch, "loss", torch.tensor([float(BATCH)])).total.backward()
-                steps[name].append((time.perf_counter() - started) / 2)
-                model.zero_grad()
-    plain, usual = statistics.median(rates["plain"]), statistics.median(steps["plain"])
-    print(f"{'':<14}{'rows/s':>10}{'of plain':>10}{'step':>10}{'of plain':>10}")
+    plain = statistics.median(rates["plain"])
+    print(f"{'':<14}{'rows/s':>10}{'of plain':>10}")
     for name in made:
-        rate, seconds = statistics.median(rates[name]), statistics.median(steps[name])
-        print(f"{name:<14}{rate:>10,.0f}{rate / plain:>10.2f}{seconds:>9.3f}s{seconds / usual:>10.2f}")
+        rate = statistics.median(rates[name])
+        print(f"{name:<14}{rate:>10,.0f}{rate / plain:>10.2f}")
 
 
 if __name__ == "__main__":

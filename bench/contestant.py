@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -38,11 +36,11 @@ class Contestant:
     strategies: Strategies
 
     def step(self, step: int) -> float:
-        """CPU seconds."""
+        """CPU seconds, those of making the rows among them."""
         engine = self.engine
-        batches = self.stream.batches(step, 0, 1, prefetch=False)
         scale: Any = LossScale(False, engine.device)
         started = time.process_time()
+        batches = self.stream.batches(step, 0, 1, prefetch=False)
         for part in self.strategies.steps:
             part.open(step)
             batches = part.rollout(step, batches)
@@ -76,24 +74,3 @@ def contestant(made: Recipe, steps: int = 100) -> Contestant:
     probe(engine, stream)  # finds what a task's step does not use
     engine.module.train()
     return Contestant(engine, stream, found)
-
-
-class Steps(Protocol):
-    def step(self, step: int, /) -> float: ...
-
-
-def compare(contestants: Mapping[str, Steps], plain: str, rounds: int, what: str = "") -> None:
-    """Prints each one's CPU time beside that of `plain`, step by step in turns after a first one that is not counted:
-    the median of the ratios, and from where to where they go."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        for name, one in contestants.items():
-            taken = one.step(number)
-            if number:
-                seconds[name].append(taken)
-    for name in contestants:
-        ratios = [a / b for a, b in zip(seconds[name], seconds[plain], strict=True)]
-        print(
-            f"{what}{name}: × {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})",
-            flush=True,
-        )
