@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith import quantization
 from tunesmith.errors import MissingExtra, UserError
-from tunesmith.model import resolve_path
+from tunesmith.hub import resolve_path
 from tunesmith.recipe.quantization import EightBit, FourBit, Quantization
 from tunesmith.weights import Source
 
@@ -370,7 +370,7 @@ def test_the_scales_are_the_state_dict_s_other_entries(models: Path) -> None:
 
 _PRINT_FINGERPRINT = """
 from tests.unit.test_quantization import AutoModelForSequenceClassification, INT8, NF4, load, quantization
-from tunesmith.model import resolve_path
+from tunesmith.hub import resolve_path
 from pathlib import Path
 path = resolve_path("builtin:minilm", Path())
 for settings in (NF4, INT8):

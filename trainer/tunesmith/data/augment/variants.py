@@ -21,6 +21,7 @@ from tunesmith.data.augment.words import Unit, fields, join, split
 from tunesmith.data.order import raw
 from tunesmith.data.table import Encoded, Table, finish_table, write_table
 from tunesmith.errors import UserError
+from tunesmith.hub import resolve_path
 from tunesmith.recipe.augment import BackTranslation
 from tunesmith.tracking.progress import track
 from tunesmith.unpartitioned import unpartitioned
@@ -64,8 +65,9 @@ def check_models(asked: BackTranslation) -> list[str]:
 def model_type(path: str, name: str) -> str:
     from transformers import AutoConfig
 
+    place = resolve_path(path, Path(), f"{_KEY}.{name}")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         what = str(error).strip().splitlines()[0]
         raise UserError(f"{_KEY}.{name}: {path} cannot be read: {what}") from error
