@@ -22,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    hub._is_known.cache_clear()
+    hub.host_is_known.cache_clear()
     return tmp_path / "hub"
 
 
@@ -46,7 +46,7 @@ def test_a_model_of_the_cache_needs_no_hub(cache: Path) -> None:
     assert resolve_path("org/model", Path()) == "org/model"
 
 
-def test_a_hub_that_is_known_or_behind_a_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_thathost_is_known_or_behind_a_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")
     assert resolve_path("org/model", Path()) == "org/model"
     monkeypatch.delenv("https_proxy")

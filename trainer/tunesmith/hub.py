@@ -45,13 +45,13 @@ def out_of_reach(name: str) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return f"{not_cached}, and HF_HUB_OFFLINE is set"
     address = urlsplit(constants.ENDPOINT)
-    if getproxies() or _is_known(address.hostname or "", address.port or 443):
+    if getproxies() or host_is_known(address.hostname or "", address.port or 443):
         return None
     return f"{not_cached}, and {address.hostname} cannot be reached from here"
 
 
 @functools.cache
-def _is_known(host: str, port: int) -> bool:
+def host_is_known(host: str, port: int) -> bool:
     try:
         socket.getaddrinfo(host, port)
     except OSError:
