@@ -1,10 +1,10 @@
 """What each strategy costs a step, beside the plain one of the same recipe, each in processes of its own.
 
-Time: CPU time on one thread, the making of the rows in it, the plain step and those of up to four strategies in turns,
+Time: CPU time on one thread, the making of the rows in it, the plain step and those of up to six strategies in turns,
 after a first of each; the median of the ratios, and from where to where they go. Memory: the peak of a process that
 takes two steps, less that of the plain one. The recipes are those of bench/strategy_recipes.py.
 
-    python bench/strategy_cost.py [--steps 8] [--only NAME ...] [--write]
+    python bench/strategy_cost.py [--steps 5] [--only NAME ...] [--write]
 
 `--write`: into docs/strategies-cost.md, and into the cost line of each strategy's page.
 """
@@ -80,7 +80,7 @@ def measured(folder: str, steps: int, names: list[str]) -> list[Cost]:
     for of_one in by_plain.values():
         plain = every[of_one[0]].plain
         plain_bytes = peak(plain)
-        for some in batched(of_one, 4):
+        for some in batched(of_one, 6):
             more = [peak(every[name].chosen) - plain_bytes for name in some]
             rows = ratios(plain, [every[name].chosen for name in some], steps)
             for name, more_bytes, row in zip(some, more, rows, strict=True):
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=list(strategies("")))
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()

@@ -102,8 +102,8 @@ def _streams(bases: Bases) -> dict[str, Asked]:
 def _regularization(bases: Bases) -> dict[str, Asked]:
     rows = bases.rows()
     penalties: dict[str, tuple[str, Values]] = {
-        "l1": ("l1-l2", {"l1": 1e-6}),
-        "l2": ("l1-l2", {"l2": 1e-5}),
+        "L1": ("l1-l2", {"l1": 1e-6}),
+        "L2": ("l1-l2", {"l2": 1e-5}),
         "R-Drop": ("r-drop", {"r_drop": {"alpha": 1.0}}),
         "SAM": ("sam", {"sharpness": {"type": "sam"}}),
         "ASAM": ("sam", {"sharpness": {"type": "asam"}}),
@@ -140,7 +140,7 @@ def _tasks(bases: Bases) -> dict[str, Asked]:
     return {
         "three tasks together": Asked("multi-task", bases.one_task(), fixed),
         **{
-            f"balanced by {name}": Asked("loss-balancing", fixed, bases.three_tasks(name))
+            f"losses balanced by {name}": Asked("loss-balancing", fixed, bases.three_tasks(name))
             for name in ("uncertainty", "dwa", "gradnorm")
         },
         "masked words of half as many rows": Asked("auxiliary-pretraining", bases.rows(), bases.auxiliary()),
@@ -164,23 +164,25 @@ def _distillation(bases: Bases) -> dict[str, Asked]:
     eager = changed(student, model={"attn_implementation": "eager", "dropout": 0.0})
 
     return {
-        "logits": asked(pages[0], student, distill=rows),
-        "logits, offline": asked(pages[1], student, distill=rows | {"offline": {"top_k": 8}}),
-        "logits and hidden states": layers("hidden", student),
-        "logits and attention, without dropout": layers("attention", eager),
-        "logits and embedding": layers("embedding", student),
-        "language model, logits": asked(pages[0], language, distill=tokens),
-        "language model, whole logits": asked(pages[0], language, distill=tokens, kernels="reference"),
-        "language model, top 32": asked(
+        "distilled: logits": asked(pages[0], student, distill=rows),
+        "distilled: top 8, offline": asked(pages[1], student, distill=rows | {"offline": {"top_k": 8}}),
+        "distilled: logits and hidden states": layers("hidden", student),
+        "distilled: logits and attention, without dropout": layers("attention", eager),
+        "distilled: logits and embedding": layers("embedding", student),
+        "language model, distilled: logits": asked(pages[0], language, distill=tokens),
+        "language model, distilled: whole logits": asked(
+            pages[0], language, distill=tokens, kernels="reference"
+        ),
+        "language model, distilled: top 32": asked(
             pages[0], language, distill=tokens | {"losses": [logits | {"top_k": 32}]}
         ),
-        "language model, top 32 offline": asked(
+        "language model, distilled: top 32, offline": asked(
             pages[1], language, distill=tokens | {"offline": {"top_k": 32}}
         ),
-        "language model, on-policy, 32 tokens": asked(
+        "language model, distilled: on-policy, 32 tokens": asked(
             "on-policy-distillation",
             chats,
             distill=generates | {"losses": [jsd], "on_policy": {"max_new_tokens": 32}},
         ),
-        "language model, other tokens": asked("cross-tokenizer", chats, distill=unlike),
+        "language model, distilled: other tokens": asked("cross-tokenizer", chats, distill=unlike),
     }
