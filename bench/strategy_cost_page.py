@@ -73,9 +73,9 @@ def table(found: list[Cost], steps: int) -> str:
         "step (24 rows in three forwards for several tasks, at most 128 tokens for on-policy and other tokens), fp32, "
         "AdamW, one thread of a CPU of a busy machine. Time: CPU time, the making of the rows in it, in turns with the "
         f"plain step of the same recipe, the median of at least {steps} ratios (and from where to where they go). "
-        "Memory: the peak of a process that takes two steps, beside the plain one's. A ratio between 0.95 and 1.05 or a "
-        "difference below some 30 MiB says nothing. MiniLM-L6 classifies; what remembers goes on from a run of it; what "
-        "is distilled has 3 of its layers. Language models are Llamas of width 256 with 2 layers, their teachers have "
+        "Memory: the peak of a process that takes two steps, beside the plain one's. A ratio between 0.95 and 1.05 or "
+        "a difference below some 30 MiB says nothing. MiniLM-L6 classifies; what remembers goes on from a run of it; "
+        "what is distilled has 3 of its layers. Language models are Llamas of width 256 with 2 layers, their teachers have "
         "4; 30,522 tokens, or 2,048 for on-policy, and for other tokens where the teacher has 1,024. What a strategy "
         "does once, before the first step or after the last, is not in it: its page says so.",
         "",
