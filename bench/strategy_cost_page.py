@@ -75,9 +75,9 @@ def table(found: list[Cost], steps: int) -> str:
         f"plain step of the same recipe, the median of at least {steps} ratios (and from where to where they go). "
         "Memory: the peak of a process that takes two steps, beside the plain one's. A ratio between 0.95 and 1.05 or "
         "a difference below some 30 MiB says nothing. MiniLM-L6 classifies; what remembers goes on from a run of it; "
-        "what is distilled has 3 of its layers. Language models are Llamas of width 256 with 2 layers, their teachers have "
-        "4; 30,522 tokens, or 2,048 for on-policy, and for other tokens where the teacher has 1,024. What a strategy "
-        "does once, before the first step or after the last, is not in it: its page says so.",
+        "what is distilled has 3 of its layers. Language models are Llamas of width 256 with 2 layers, their teachers "
+        "have 4; 30,522 tokens, or 2,048 for on-policy, and for other tokens where the teacher has 1,024. What a "
+        "strategy does once, before the first step or after the last, is not in it: its page says so.",
         "",
         "| strategy | step time | memory | plain peak |",
         "|---|---|---|---|",
