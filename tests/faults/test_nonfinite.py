@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.numerics.rank_pool import Pools
 from tests.support import TINY, launch, metrics, run_dir, tiny_recipe, word_tokenizer
 from tunesmith.checkpoint.tensors import load_state
+from tunesmith.errors import TrainingStopped
 from tunesmith.recipe import Recipe
+from tunesmith.run import Resume, run
 
 BAD_LINE = 58
 
@@ -44,28 +47,36 @@ def poisoned_recipe(folder: Path) -> Recipe:
 @pytest.mark.parametrize(
     ("processes", "strategy"), [(1, "auto"), (2, "ddp"), (2, "zero2"), (2, "zero3"), (2, "fsdp2")]
 )
-def test_the_run_stops_and_names_the_sample(tmp_path: Path, processes: int, strategy: str) -> None:
+def test_the_run_stops_and_names_the_sample(
+    pools: Pools, tmp_path: Path, processes: int, strategy: str
+) -> None:
     recipe = poisoned_recipe(tmp_path)
     recipe = Recipe.model_validate(
         recipe.model_dump(exclude={"evaluation", "checkpoint"})
         | {"parallel": {"strategy": strategy}, "checkpoint": {"save_steps": 3}}
     )
-    stopped = launch(recipe, processes=processes)
-    about = json.loads((run_dir(recipe) / "exit.json").read_text(encoding="utf-8"))
-    assert about["code"] == 4
     if processes == 1:
-        assert stopped.returncode == 4
+        with pytest.raises(TrainingStopped) as stopped:
+            run(recipe, Path(), Resume())
+    else:
+        with pytest.raises(RuntimeError) as stopped:
+            pools[processes].run(recipe, Path())
+    said = str(stopped.value)
+    assert said.count("TrainingStopped: ") == (processes if processes > 1 else 0)
     # rows 57 to 60 are the last, short step: step 8 of 8
-    assert f"{tmp_path / 'train.jsonl'}:{BAD_LINE}" in stopped.stderr
-    assert "step 8" in stopped.stderr
-    assert "rank" in stopped.stderr
+    assert f"{tmp_path / 'train.jsonl'}:{BAD_LINE}" in said
+    assert "step 8" in said
+    assert "rank" in said
     steps = [row["step"] for row in metrics(recipe)]
     assert max(steps) == 7, "the bad step left a row in the log"
 
 
 def test_weights_and_checkpoint_are_untouched(tmp_path: Path) -> None:
     recipe = poisoned_recipe(tmp_path)
-    launch(recipe)
+    stopped = launch(recipe)
+    assert stopped.returncode == 4
+    assert "step 8" in stopped.stderr
+    assert json.loads((run_dir(recipe) / "exit.json").read_text(encoding="utf-8"))["code"] == 4
     saved = load_state(run_dir(recipe) / "checkpoint-6" / "weights")
     for name, value in saved.items():
         clean = value[:51] if "embed_tokens" in name else value

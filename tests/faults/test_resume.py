@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.numerics.rank_pool import Pools
 from tests.support import assert_same_bits, final_weights, launch, metrics, run_dir, tiny_recipe
+from tunesmith.errors import UserError
 from tunesmith.recipe import Recipe
+from tunesmith.run import Resume, run
 
 # acts on every process, after the given optimizer step is done and everything that follows on it
 AFTER_STEP = """
@@ -27,8 +30,7 @@ Loop._due = due
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """Ten steps, never stopped."""
     recipe = tiny_recipe(tmp_path_factory.mktemp("whole"))
-    done = launch(recipe)
-    assert done.returncode == 0, done.stderr
+    run(recipe, Path(), Resume())
     return recipe
 
 
@@ -56,50 +58,49 @@ def test_a_signal_finishes_the_step_saves_and_exits_5(whole: Recipe, tmp_path: P
     saved = sorted(path.name for path in run_dir(recipe).glob("checkpoint-*"))
     assert len(saved) == 1
     assert not (run_dir(recipe) / "final").exists()
-    resumed = launch(recipe, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    run(recipe, Path(), Resume(resume=True))
     assert_same_bits(final_weights(recipe), final_weights(whole))
 
 
-def test_a_broken_checkpoint_is_named_and_skipped(whole: Recipe, tmp_path: Path) -> None:
+def test_a_broken_checkpoint_is_named_and_skipped(
+    whole: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tiny_recipe(tmp_path)
-    assert launch(recipe).returncode == 0
+    run(recipe, Path(), Resume())
     damaged = run_dir(recipe) / "checkpoint-10" / "optimizer.safetensors"
     data = bytearray(damaged.read_bytes())
     data[-3] ^= 1
     damaged.write_bytes(bytes(data))
-    resumed = launch(recipe, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "skipped checkpoint-10" in resumed.stdout + resumed.stderr
+    capsys.readouterr()
+    run(recipe, Path(), Resume(resume=True))
+    assert "skipped checkpoint-10" in capsys.readouterr().out
     assert_same_bits(final_weights(recipe), final_weights(whole))
 
 
 def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path)
-    assert launch(recipe).returncode == 0
+    run(tiny_recipe(tmp_path), Path(), Resume())
     other = tiny_recipe(tmp_path, optim={"learning_rate": 2e-2})
-    refused = launch(other, "--resume")
-    assert refused.returncode == 2
-    assert "optim.learning_rate was 0.01 and is 0.02" in refused.stderr
+    with pytest.raises(UserError, match=r"optim\.learning_rate was 0\.01 and is 0\.02"):
+        run(other, Path(), Resume(resume=True))
 
 
 def test_a_used_folder_is_not_overwritten_unasked(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    assert launch(recipe).returncode == 0
+    run(recipe, Path(), Resume())
     before = (run_dir(recipe) / "metrics.jsonl").read_bytes()
     refused = launch(recipe)
     assert refused.returncode == 2
     assert "--resume" in refused.stderr
     assert "--overwrite" in refused.stderr
     assert (run_dir(recipe) / "metrics.jsonl").read_bytes() == before
-    assert launch(recipe, "--overwrite").returncode == 0
+    run(recipe, Path(), Resume(overwrite=True))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
-def test_two_processes_resume_bitwise(tmp_path: Path, strategy: str) -> None:
+def test_two_processes_resume_bitwise(pools: Pools, tmp_path: Path, strategy: str) -> None:
     parallel = {"strategy": strategy}
     whole, recipe = (tiny_recipe(tmp_path / name, parallel=parallel) for name in "ab")
-    assert launch(whole, processes=2).returncode == 0
+    pools[2].run(whole, Path())
     stopped = launch(recipe, processes=2, driver=AFTER_STEP.format(step=2, signal="SIGTERM"))
     assert stopped.returncode != 0
     about = json.loads((run_dir(recipe) / "exit.json").read_text(encoding="utf-8"))

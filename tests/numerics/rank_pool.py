@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import multiprocessing
 import os
 import random
@@ -20,6 +22,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.run import Resume
 
 SECONDS = 120.0  # for one run
+_RUNS = 8  # after so many, what libraries keep of them is dropped
 
 
 @dataclass
@@ -126,6 +129,24 @@ def _deepspeed_globals() -> list[tuple[ModuleType, dict[str, Any]]]:
     ]
 
 
+def _let_go_of_groups() -> None:
+    """What torch and DeepSpeed keep for the life of a process keeps the process groups of runs that are over, each
+    with a thread of gloo's that wakes up 100 times a second: of 85 such runs, a rank had little time for the next."""
+    import torch
+    from deepspeed.runtime.zero import parameter_offload
+    from torch.distributed.tensor import _redistribute
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    _redistribute.clear_redistribute_planner_cache()
+    torch._C._clear_DTensor_sharding_propagator_cache()  # pyright: ignore[reportPrivateUsage]
+    for kept in gc.get_objects():
+        if isinstance(kept, functools._lru_cache_wrapper):  # pyright: ignore[reportPrivateUsage]
+            module: str = getattr(kept, "__module__", None) or ""
+            if module.startswith(("deepspeed.", "torch.distributed.")):
+                kept.cache_clear()
+    gc.collect()
+
+
 def _serve(rank: int, world_size: int, pipe: Connection) -> None:
     """What torchrun sets, then run after run, each with a process group of its own."""
     os.environ |= {
@@ -148,6 +169,7 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
     environment, fresh = dict(os.environ), _deepspeed_globals()
+    runs = 0
     while True:
         try:
             recipe, base, port, how = pipe.recv()
@@ -165,3 +187,6 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
         for module, values in fresh:
             vars(module).update(values)
         AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
+        runs += 1
+        if runs % _RUNS == 0:
+            _let_go_of_groups()
