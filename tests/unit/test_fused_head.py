@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 import transformers
 from torch import Tensor, nn
 
+from tunesmith.batch import IGNORED, Batch
 from tunesmith.fused_head import FusedHead, HeadOutput, NotFusable
 from tunesmith.fusing import choose_head
 from tunesmith.objectives import Objective
@@ -145,6 +146,27 @@ def test_scale_then_cap_then_scale() -> None:
     found = change(HeadOutput(head, None, hidden)).cross_entropy(labels, normalizer=torch.tensor(1.0))
     expected = F.cross_entropy(change(head(hidden)).reshape(-1, 13), labels.reshape(-1), reduction="sum")
     assert found.item() == pytest.approx(expected.item(), rel=2e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_the_focal_loss_of_tokens_is_that_of_the_logits(gamma: float) -> None:
+    """By hand in fp64; the last position has no label."""
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(8, 13), torch.randn(2, 5, 8) * 3
+    labels = torch.randint(0, 13, (2, 5))
+    labels[:, -1] = IGNORED
+    batch = Batch({}, {"labels": labels}, (0, 1), 10)
+    term = TokenCrossEntropy(focal_gamma=gamma)
+    p = torch.softmax(head.double()(hidden.double()), -1)[:, :-1].gather(-1, labels[:, :-1, None])
+    expected = (-((1 - p) ** gamma) * p.log()).sum() / 7.0
+    weight = torch.autograd.grad(expected, head.weight)[0]
+    head.float()
+    for logits in (HeadOutput(head, None, hidden), head(hidden)):
+        found = term({"logits": logits}, batch, torch.tensor(7.0))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, head.weight)[0], weight.float(), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's

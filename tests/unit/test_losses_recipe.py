@@ -373,12 +373,19 @@ def test_the_report_says_what_is_computed(workshop: Path, make_recipe: MakeRecip
         "single_label",
         objective={"loss": {"type": "class_balanced", "beta": 0.9}},
     )
-    notes = json.loads((folder / "environment.json").read_text())["facts"]["notes"]
+    notes = notes_of(folder)["notes"]
     assert any(
         note.startswith("loss: class_balanced (beta: 0.9, base: cross_entropy), divided by") for note in notes
     )
     assert any(note.startswith("weights of loss: a 0.") for note in notes)
-    folder = trained(workshop, make_recipe, "whole", "sft", objective={"loss": "focal"})
-    facts = json.loads((folder / "environment.json").read_text())["facts"]
+    hinge = {"type": "function", "function": f"{Path(__file__).parents[2]}/configs/losses.py:hinge"}
+    facts = notes_of(trained(workshop, make_recipe, "whole", "sft", objective={"loss": hinge}))
     assert any("the logits of the whole vocabulary are held" in note for note in facts["notes"])
     assert facts["kernels"]["linear_cross_entropy"].startswith("reference")
+    facts = notes_of(trained(workshop, make_recipe, "focal", "sft", objective={"loss": "focal"}))
+    assert not any("the logits of the whole vocabulary are held" in note for note in facts["notes"])
+    assert facts["kernels"]["linear_cross_entropy"].startswith("cpu")
+
+
+def notes_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "environment.json").read_text(encoding="utf-8"))["facts"]

@@ -44,7 +44,13 @@ class HeadOutput:
     problem: str | None = None
 
     def cross_entropy(
-        self, target: Tensor, *, normalizer: Tensor, label_smoothing: float = 0.0, shift: bool = False
+        self,
+        target: Tensor,
+        *,
+        normalizer: Tensor,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
+        shift: bool = False,
     ) -> Tensor:
         """Σ over the rows of target [rows, positions] / normalizer: 0-dim fp32. `shift`: target has one position
         less, and position i predicts target i. Raises NotFusable."""
@@ -56,6 +62,7 @@ class HeadOutput:
             bias=bias,
             normalizer=normalizer,
             label_smoothing=label_smoothing,
+            focal_gamma=focal_gamma,
             softcap=softcap,
             scale=scale,
             backend=self.backend,

@@ -17,6 +17,8 @@ from torch import Tensor
 from tunesmith.batch import IGNORED, Batch
 from tunesmith.fused_head import HeadOutput
 
+_LEAST = 1e-12  # where 1 − p is 0, its power has no gradient
+
 
 class Term(Protocol):
     """One addend of the loss."""
@@ -45,6 +47,12 @@ class UnitLoss(Protocol):
         ...
 
 
+def modulated(cross_entropy: Tensor, gamma: float) -> Tensor:
+    """(1 − p)^gamma · cross_entropy, p = exp(−cross_entropy) (Lin et al. 2017, equation 4)."""
+    wrong = -torch.expm1(-cross_entropy)
+    return wrong.clamp_min(_LEAST) ** gamma * cross_entropy
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TokenTerm:
     """logits: `outputs[logits]` [rows, positions, classes], or their stand-in; labels: `targets[target]` [rows,
@@ -69,26 +77,33 @@ class _TokenTerm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCrossEntropy(_TokenTerm):
-    """Σ −log p(label) over the labelled positions. Label smoothing as torch's `cross_entropy` (Szegedy et al. 2016)."""
+    """Σ −(1 − p)^focal_gamma · log p over the labelled positions, p of the label: cross-entropy, or the focal loss
+    (Lin et al. 2017). Label smoothing as torch's `cross_entropy` (Szegedy et al. 2016), not with a focus."""
 
     label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
 
     def __call__(self, outputs: Any, batch: Batch, normalizer: Tensor) -> Tensor:
         logits: Tensor | HeadOutput = outputs[self.logits]
         labels, shift = self._labels(batch), self._shifts(batch)
         if isinstance(logits, HeadOutput):
             return logits.cross_entropy(
-                labels, normalizer=normalizer, label_smoothing=self.label_smoothing, shift=shift
+                labels,
+                normalizer=normalizer,
+                label_smoothing=self.label_smoothing,
+                focal_gamma=self.focal_gamma,
+                shift=shift,
             )
         if shift:
             logits = logits[:, :-1]
-        total = F.cross_entropy(
+        losses = F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]).float(),
             labels.reshape(-1),
             ignore_index=IGNORED,
             label_smoothing=self.label_smoothing,
-            reduction="sum",
+            reduction="none" if self.focal_gamma else "sum",
         )
+        total = modulated(losses, self.focal_gamma).sum() if self.focal_gamma else losses
         return total / normalizer
 
 

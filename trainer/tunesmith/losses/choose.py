@@ -165,6 +165,9 @@ def vocabulary_term(
 ) -> Term:
     """The term of a language model."""
     assert objective in VOCABULARY, objective
+    if isinstance(loss, settings.Focal):
+        assert loss.alpha is None, "the recipe refuses it"
+        return TokenCrossEntropy(name=name, logits=logits, shift=shift, focal_gamma=loss.gamma)
     own = own_loss(loss, Labels(objective), smoothing)
     if own is None:
         return TokenCrossEntropy(name=name, logits=logits, shift=shift, label_smoothing=smoothing)
@@ -179,11 +182,13 @@ def planned_term(
     logits: str = "logits",
     shift: bool = False,
 ) -> Term:
-    """As `vocabulary_term`, as far as memory can tell: all losses but the one that a kernel computes need whole
-    logits, and nobody's function is called."""
+    """As `vocabulary_term`, as far as memory can tell: all losses but those that a kernel computes need whole logits,
+    and nobody's function is called."""
     if loss is None or loss.type == "cross_entropy":
         return TokenCrossEntropy(name=name, logits=logits, shift=shift, label_smoothing=smoothing)
-    return TokenLoss(loss=Focal(), name=name, logits=logits, shift=shift)
+    if loss.type == "focal":
+        return TokenCrossEntropy(name=name, logits=logits, shift=shift, focal_gamma=loss.gamma)
+    return TokenLoss(loss=CrossEntropy(), name=name, logits=logits, shift=shift)
 
 
 def reweighted(loss: settings.Loss | None, labels: Labels) -> Term | None:
@@ -208,7 +213,7 @@ def loss_notes(loss: settings.Loss | None, labels: Labels, terms: Sequence[Term 
         if value != {}
     )
     lines = [f"loss: {loss.type}{f' ({chosen})' if chosen else ''}, divided by the number of units"]
-    if labels.kind in VOCABULARY and loss.type != "cross_entropy":
+    if labels.kind in VOCABULARY and loss.type not in {"cross_entropy", "focal"}:
         lines.append("no kernel computes it: the logits of the whole vocabulary are held")
     for term in filter(None, terms):
         inner = getattr(term, "loss", None)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from tunesmith.terms import modulated
+
 Numbers = tuple[float, ...]
-_LEAST = 1e-12  # where 1 − p is 0, its power has no gradient
 
 
 @lru_cache(maxsize=64)
@@ -21,12 +22,6 @@ def constant(values: Numbers, device: torch.device, dtype: torch.dtype) -> Tenso
 
 def like(values: Numbers, tensor: Tensor) -> Tensor:
     return constant(values, tensor.device, tensor.dtype)
-
-
-def modulated(cross_entropy: Tensor, gamma: float) -> Tensor:
-    """(1 − p)^gamma · cross_entropy, p = exp(−cross_entropy) (Lin et al. 2017, equation 4)."""
-    wrong = -torch.expm1(-cross_entropy)
-    return wrong.clamp_min(_LEAST) ** gamma * cross_entropy
 
 
 @dataclass(frozen=True, slots=True)
