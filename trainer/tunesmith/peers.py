@@ -25,6 +25,9 @@ from tunesmith.watchdog import INTERVAL, Watchdog
 _VERDICT = "tunesmith/verdict"
 _MARGIN = 3.0  # seconds past the time-out: gloo and NCCL are given the chance to say it themselves
 _BETWEEN = 2.5 * INTERVAL  # of the two readings: a rank whose beats are the same in both is silent
+_NOTICE = (
+    2.5 * INTERVAL
+)  # in which every rank looks for a verdict: the store may go with the process that gave it
 _ANSWER = timedelta(seconds=5)
 
 
@@ -80,7 +83,7 @@ class Peers:
         where the store does not answer in time."""
         found: list[Verdict] = []
         thread = torch_threads.start(lambda: found.extend(self._judge(reason)))
-        thread.join(2 * _BETWEEN + 1.0)
+        thread.join(2 * _BETWEEN + _NOTICE + 1.0)
         return found[0] if found else None
 
     def _judge(self, reason: str) -> list[Verdict]:
@@ -101,6 +104,7 @@ class Peers:
             if witness.state == "stopped" and witness.rank == given.rank and _is_sibling(witness.pid):
                 with suppress(ProcessLookupError):
                     os.kill(witness.pid, signal.SIGKILL)
+        time.sleep(_NOTICE)
         return [given]
 
     def _read(self, store: _Store) -> dict[int, dict[str, Any]]:
