@@ -18,7 +18,7 @@ from tunesmith.commands.predict import generation_settings, predict_file
 from tunesmith.data.examples import Labelled
 from tunesmith.data.formats import examples
 from tunesmith.errors import DataError, Place, UserError
-from tunesmith.losses.choose import own_loss, terms_of
+from tunesmith.losses.choose import own_loss, planned_term, terms_of, vocabulary_term
 from tunesmith.losses.weights import Labels
 from tunesmith.objectives.label_values import label_of, shares
 from tunesmith.recipe import losses as settings
@@ -385,6 +385,13 @@ def test_the_report_says_what_is_computed(workshop: Path, make_recipe: MakeRecip
     facts = notes_of(trained(workshop, make_recipe, "focal", "sft", objective={"loss": "focal"}))
     assert not any("the logits of the whole vocabulary are held" in note for note in facts["notes"])
     assert facts["kernels"]["linear_cross_entropy"].startswith("cpu")
+
+
+def test_a_language_models_focal_loss_reaches_the_term_that_the_kernel_computes(tmp_path: Path) -> None:
+    loss = load(tmp_path, "type: sft, loss: {type: focal, gamma: 0.5}").objective.loss
+    expected = TokenCrossEntropy(focal_gamma=0.5, shift=True)
+    assert vocabulary_term(loss, "sft", shift=True) == expected
+    assert planned_term(loss, shift=True) == expected
 
 
 def notes_of(folder: Path) -> dict[str, Any]:

@@ -25,9 +25,8 @@ from tunesmith.watchdog import INTERVAL, Watchdog
 _VERDICT = "tunesmith/verdict"
 _MARGIN = 3.0  # seconds past the time-out: gloo and NCCL are given the chance to say it themselves
 _BETWEEN = 2.5 * INTERVAL  # of the two readings: a rank whose beats are the same in both is silent
-_NOTICE = (
-    2.5 * INTERVAL
-)  # in which every rank looks for a verdict: the store may go with the process that gave it
+# for every rank to find a verdict: the store may go with the process that gave it
+_NOTICE = 2.5 * INTERVAL
 _ANSWER = timedelta(seconds=5)
 
 

@@ -165,12 +165,9 @@ def vocabulary_term(
 ) -> Term:
     """The term of a language model."""
     assert objective in VOCABULARY, objective
-    if isinstance(loss, settings.Focal):
-        assert loss.alpha is None, "the recipe refuses it"
-        return TokenCrossEntropy(name=name, logits=logits, shift=shift, focal_gamma=loss.gamma)
     own = own_loss(loss, Labels(objective), smoothing)
-    if own is None:
-        return TokenCrossEntropy(name=name, logits=logits, shift=shift, label_smoothing=smoothing)
+    if own is None or isinstance(loss, settings.Focal):
+        return planned_term(loss, smoothing, name=name, logits=logits, shift=shift)
     return TokenLoss(loss=own, name=name, logits=logits, shift=shift)
 
 
