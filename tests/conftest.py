@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,3 +17,24 @@ def data_dir() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("TUNESMITH_DATA does not point at the real data sets")
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """As the processes of a test have: with more, sums have other bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pools(one_thread: None) -> Iterator[Any]:
+    """Ranks that stay alive, for the runs that are about no fault of a process."""
+    from tests.numerics.rank_pool import Pools
+
+    made = Pools()
+    yield made
+    made.stop()

@@ -15,6 +15,8 @@ from tunesmith.errors import TrainingStopped
 from tunesmith.recipe import Recipe
 from tunesmith.run import Resume, run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BAD_LINE = 58
 
 

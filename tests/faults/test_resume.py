@@ -13,6 +13,8 @@ from tunesmith.errors import UserError
 from tunesmith.recipe import Recipe
 from tunesmith.run import Resume, run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # acts on every process, after the given optimizer step is done and everything that follows on it
 AFTER_STEP = """
 import os, signal

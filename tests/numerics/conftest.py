@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from objective_cases import CASES, Layout, Result, Run, read_result, recipe
 from rank_pool import Pools
@@ -17,11 +15,8 @@ from tunesmith.run import Resume, run
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """All of this folder."""
 
 
 @pytest.fixture(scope="session")
@@ -39,13 +34,6 @@ def workshop_eval(workshop: Path) -> dict[str, dict[str, Any]]:
         name: {"eval": [{"path": str(workshop / "data" / f"{case.file}.jsonl"), "format": case.format}]}
         for name, case in CASES.items()
     }
-
-
-@pytest.fixture(scope="session")
-def pools() -> Iterator[Pools]:
-    made = Pools()
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="session")
